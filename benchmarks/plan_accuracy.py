@@ -3,17 +3,14 @@ measured.
 
     python -P benchmarks/plan_accuracy.py
 
-It calibrates the demo model on one CPU thread, starts a server with the same settings, measures
-what HTTP adds to one request at a time, before its first token and between its tokens, and then
-both plans and measures each rate, between a fifth and nine tenths of the planned capacity. What is
-measured is the median of several runs, since those of one rate differ by more than the plan should.
-The aim is that throughput and the median time to the first token differ by at most 10 %. A second
-table says of the last run of each rate what these are made of, and so where a difference comes
-from. Nothing else should run on the machine: at least two cores, one for the engine and one for
-HTTP and the client.
-
-With --outputs, the processors' time that HTTP and client take for each token of a crowd is planned
-as well, as --front-output-ms: outputs of a step pass one after the other, the newest request last.
+It calibrates the demo model on one CPU thread and what HTTP and the client take (`quire plan
+--calibrate`), starts a server with the same settings, and then both plans and measures each rate,
+between a fifth and nine tenths of the planned capacity. The client shares HTTP's core, so it is
+planned, too (--with-client). What is measured is the median of several turns over all rates, since
+runs of one rate differ by more than the plan should. The aim is that throughput and the median time
+to the first token differ by at most 10 %. A second table says of the last run of each rate what
+these are made of, and so where a difference comes from. Nothing else should run on the machine: at
+least two cores, one for the engine and one for HTTP and the client.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,9 +36,11 @@ import psutil
 
 from quire.engine.plan.calibration import load_calibration
 from quire.engine.plan.capacity import highest_rate
+from quire.engine.plan.front import Front
 from quire.engine.plan.layout import Hardware, Layout, runner
-from quire.engine.plan.planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
+from quire.engine.plan.planned_fleet import FleetRun, PlannedRequest
 from quire.server.bench.dataset import DatasetOptions, arrival_times, build_workload
+from quire.server.bench.plan_report import describe_messages, describe_serving
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 """Rates, as shares of the planned capacity."""
@@ -153,13 +152,6 @@ def bench(
     return found
 
 
-def output_seconds(run: dict[str, Any]) -> float:
-    """Return the seconds of processors that the HTTP process and the client took for each token."""
-    tokens = run["output_tokens_per_s"] * run["duration_s"]
-    client = run["client"]["cpu_share"] * run["duration_s"]
-    return float((run["used"]["http"] + client) / tokens)
-
-
 Numbers = tuple[float, ...]
 """Requests/s, output tokens/s, TTFT p50, ITL p50 and TTFT p99, the latencies in ms."""
 
@@ -212,6 +204,10 @@ def compare(rate: float, measured: list[Numbers], planned: list[Numbers]) -> lis
     pairs = list(zip(*medians, strict=True))
     cells = [f"{real:8.1f} {plan:8.1f} {plan / real - 1:+6.1%}" for real, plan in pairs]
     print(f"{rate:6.1f} | " + " | ".join(cells), flush=True)
+    for real, plan in zip(measured, planned, strict=True):
+        print(
+            f"{'':>6} | TTFT p50 of a run {real[2]:.1f} {plan[2]:.1f} {plan[2] / real[2] - 1:+.1%}"
+        )
     return [abs(plan / real - 1) for real, plan in pairs[:3]]
 
 
@@ -219,8 +215,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--num-prompts", type=int, default=300)
-    parser.add_argument("--outputs", action="store_true", help="plan what each output takes, too")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a run")
+    parser.add_argument("--num-prompts", type=int, default=300, help="requests of the longest run")
     parser.add_argument("--turns", type=int, default=3, help="runs of each rate")
     parser.add_argument("--port", type=int, default=18_377)
     parser.add_argument("--calibration", type=Path, help="measured before; default: measure now")
@@ -234,57 +230,41 @@ def main() -> int:
             subprocess.run(calibrate, check=True, stderr=subprocess.DEVNULL)
         calibration = load_calibration(path)
         options.vocab_size = calibration.shape.vocab_size
+        assert calibration.serving is not None, "the calibration has no --http"
+        print(describe_messages(calibration.messages))
+        print(describe_serving(calibration.serving))
+        front = Front(calibration.serving.front(with_client=True))
+        hardware = Hardware(
+            shape=calibration.shape, calibration=calibration, messages=calibration.messages
+        )
+
+        def run_at(seed: int, count: int, rate: float) -> FleetRun:
+            make = partial(workload, options, count=count, seed=seed)
+            return runner(hardware, Layout(1, 1), make, front)(rate)
+
+        capacity = highest_rate(partial(run_at, 1, options.num_prompts), (), 10.0).rate
+        rates = [share * capacity for share in SHARES]
+        runs: dict[float, list[tuple[dict[str, Any], FleetRun]]] = {rate: [] for rate in rates}
         with server(options.port) as serving:
-            # 1. What HTTP adds: requests one at a time, against the plan of one alone.
-            alone = of_bench(
-                bench(options, serving, folder, 0, "--num-prompts", "30", "--max-concurrency", "1")
-            )
-            planned = of_plan(
-                PlannedFleet(calibration.shape, calibration.times, 1).run(
-                    workload(options, 1.0, 1, 0)
-                )
-            )
-            between = max(alone[3] - planned[3], 0.0) / 1e3
-            front = max(alone[2] - planned[2] - between, 0.0) / 1e3
-            print(
-                f"one at a time: TTFT {alone[2]:.1f} ms, of which HTTP {front * 1e3:.1f} ms; "
-                f"ITL {alone[3]:.2f} ms, of which messages {between * 1e3:.2f} ms"
-            )
-            output = 0.0
-            if options.outputs:
-                crowd = ("--num-prompts", "100", "--max-concurrency", "16")
-                output = output_seconds(bench(options, serving, folder, 10_000, *crowd))
-                front = max(front - output, 0.0)
-                print(f"HTTP and client take {output * 1e3:.3f} ms for each output of a crowd")
-            # 2. Each rate.
-            hardware = Hardware(
-                shape=calibration.shape, calibration=calibration, between_steps=between
-            )
-
-            def run_at(seed: int, rate: float) -> FleetRun:
-                make = partial(workload, options, count=options.num_prompts, seed=seed)
-                return runner(hardware, Layout(1, 1), make, Front(front, output))(rate)
-
-            capacity = highest_rate(partial(run_at, 1), (), 10.0).rate
-            print(f"planned capacity {capacity:.1f} requests/s; measured, planned, difference:")
-            heads = ("requests/s", "output tokens/s", "TTFT p50 ms", "ITL p50 ms", "TTFT p99 ms")
-            print(f"{'rate':>6} | " + " | ".join(f"{head:>24}" for head in heads))
-            differences: list[float] = []
             seeds = count(1)
-            last: dict[float, tuple[dict[str, Any], FleetRun]] = {}
-            for rate in (share * capacity for share in SHARES):
-                flags = ("--num-prompts", str(options.num_prompts), "--request-rate", str(rate))
-                used = [next(seeds) for _ in range(options.turns)]
-                measured = [bench(options, serving, folder, seed, *flags) for seed in used]
-                planned_runs = [run_at(one, rate) for one in used]
-                last[rate] = measured[-1], planned_runs[-1]
-                differences += compare(
-                    rate, [*map(of_bench, measured)], [*map(of_plan, planned_runs)]
-                )
+            bench(options, serving, folder, 0, "--num-prompts", "20", "--max-concurrency", "2")
+            for _, rate in product(range(options.turns), rates):
+                seed, number = next(seeds), min(options.num_prompts, int(rate * options.seconds))
+                flags = ("--num-prompts", str(number), "--request-rate", str(rate))
+                run = bench(options, serving, folder, seed, *flags)
+                runs[rate].append((run, run_at(seed, number, rate)))
+        print(f"planned capacity {capacity:.1f} requests/s; measured, planned, difference:")
+        heads = ("requests/s", "output tokens/s", "TTFT p50 ms", "ITL p50 ms", "TTFT p99 ms")
+        print(f"{'rate':>6} | " + " | ".join(f"{head:>24}" for head in heads))
+        differences: list[float] = []
+        for rate, pairs in runs.items():
+            differences += compare(
+                rate, [of_bench(run) for run, _ in pairs], [of_plan(plan) for _, plan in pairs]
+            )
         print("of the last run of each rate, measured and planned (means):")
         print(f"{'rate':>6} | " + " | ".join(f"{part:>19}" for part in PARTS))
-        for rate, (run, plan) in last.items():
-            explain(rate, run, plan)
+        for rate, pairs in runs.items():
+            explain(rate, *pairs[-1])
     worst = max(differences)
     print(f"throughput and TTFT p50 differ by at most {worst:.1%}; the aim is {LIMIT:.0%}")
     return 0 if worst <= LIMIT else 1

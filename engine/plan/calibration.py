@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..errors import ConfigurationError
-from .planned_engine import EngineShape
+from .front import FrontTimes
+from .planned_engine import EngineShape, MessageTimes
+from .serving import ServingTimes
 from .step_times import FittedTimes, Measured, StepShape
 
-VERSION = 2
+VERSION = 3
 """The file's format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Step times of one model on one device, with the shape of the engine that was measured.
+    """Step times of one model on one device, with the shape of the engine that was measured, what
+    its messages take, and what a server adds; None if no server was measured.
 
     `mean_error` and `max_error` say by which share of the measured times the fit is off. `num_left`
     counts the steps of many rows that there was no time to measure.
@@ -32,10 +35,17 @@ class Calibration:
     kv_bytes_per_token: int
     shape: EngineShape
     times: FittedTimes
+    messages: MessageTimes
+    serving: ServingTimes | None
     mean_error: float
     max_error: float
     num_left: int
     points: tuple[Measured, ...]
+
+    @property
+    def served_times(self) -> FittedTimes:
+        """The step times in a server, or alone if no server was measured."""
+        return self.times if self.serving is None else self.times.stretched(self.serving.stretch)
 
     def save(self, path: Path) -> None:
         """Write the file. Raises ConfigurationError if that fails."""
@@ -68,6 +78,12 @@ def load_calibration(path: Path) -> Calibration:
             raise ValueError(f"group_windows is {windows!r}")
         document["shape"] = _read(EngineShape, shape)
         document["times"] = _read(FittedTimes, document["times"])
+        document["messages"] = _read(MessageTimes, document["messages"])
+        serving = document["serving"]
+        if serving is not None:
+            for name in ("http", "client"):
+                serving[name] = _read(FrontTimes, serving[name])
+            document["serving"] = _read(ServingTimes, serving)
         document["points"] = tuple(
             Measured(StepShape(*map(int, point[:-1])), float(point[-1]))
             for point in document["points"]

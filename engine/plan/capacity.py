@@ -12,6 +12,9 @@ from .planned_fleet import FleetRun
 PRECISION = 0.04
 """Share by which the highest rate may be too low."""
 MAX_DOUBLINGS = 12
+FRONT_FULL = 0.8
+"""Share of the time that HTTP processes are busy if they are what requests wait for; at the
+beginning and the end of a run they wait for requests."""
 
 
 class Bound(NamedTuple):
@@ -55,6 +58,8 @@ def limit_of(run: FleetRun, max_num_batched_tokens: int) -> str:
         return "--max-num-seqs"
     if run.full_steps > 0.2 * run.num_steps:
         return "prefill"
+    if run.front_busy_share > FRONT_FULL:
+        return "HTTP (--http-workers)"
     return "time of a step"
 
 

@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 from ..errors import ConfigurationError
 from ..layers.layer_groups import longest_that_fits
 from .calibration import Calibration
-from .planned_engine import EngineShape
-from .planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
+from .front import Front
+from .planned_engine import EngineShape, MessageTimes
+from .planned_fleet import FleetRun, PlannedFleet, PlannedRequest
 from .roofline import EstimatedTimes, Gpu, ModelShape, check_tp, num_blocks
 from .step_times import StepShape, StepTimes
 
@@ -63,17 +64,6 @@ class ScaledTimes:
         return {**parts, "all-reduce": self.estimated.parts(shape)["all-reduce"]}
 
 
-@dataclass(frozen=True, slots=True)
-class TimesWithMessages:
-    """Step times, and what lies between two steps: messages in and out of the engine's process."""
-
-    times: StepTimes
-    seconds: float
-
-    def parts(self, shape: StepShape) -> dict[str, float]:
-        return {**self.times.parts(shape), "messages": self.seconds}
-
-
 class PlannedEngineSpec(NamedTuple):
     """The sizes and step times of an engine on some GPUs, and where the times come from."""
 
@@ -95,20 +85,13 @@ class Hardware:
     model: ModelShape | None = None
     gpu: Gpu | None = None
     fixed_blocks: bool = False
-    between_steps: float = 0.0
-    """Seconds that an engine needs between two steps."""
+    messages: MessageTimes = MessageTimes()
 
     def engine(self, tp: int) -> PlannedEngineSpec:
         """Return the engine on `tp` GPUs. Raises ConfigurationError if that is not possible, or if
         too little is known for it."""
-        engine = self._engine(tp)
-        if not self.between_steps:
-            return engine
-        return engine._replace(times=TimesWithMessages(engine.times, self.between_steps))
-
-    def _engine(self, tp: int) -> PlannedEngineSpec:
         if self.calibration is not None and tp == 1:
-            return PlannedEngineSpec(self.shape, self.calibration.times, "measured")
+            return PlannedEngineSpec(self.shape, self.calibration.served_times, "measured")
         if self.gpu is None or self.model is None:
             raise ConfigurationError(
                 f"a tensor-parallel size of {tp} was not measured: give --gpu, to estimate it"
@@ -134,7 +117,8 @@ class Hardware:
         estimated = EstimatedTimes(self.model, self.gpu, tp)
         if self.calibration is None:
             return PlannedEngineSpec(shape, estimated, "estimated")
-        return PlannedEngineSpec(shape, ScaledTimes(self.calibration.times, estimated), "scaled")
+        scaled = ScaledTimes(self.calibration.served_times, estimated)
+        return PlannedEngineSpec(shape, scaled, "scaled")
 
 
 WorkloadAt = Callable[[float], list[PlannedRequest]]
@@ -148,7 +132,7 @@ def runner(
     engine = hardware.engine(layout.tp)
 
     def run_at(rate: float) -> FleetRun:
-        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front)
+        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front, hardware.messages)
         return fleet.run(workload_at(rate))
 
     return run_at

@@ -25,6 +25,7 @@ from ..sampling_params import SamplingParams
 from ..step import SchedulerOutput
 from ..worker_protocol import Forward, WorkerProtocol
 from .calibration import Calibration
+from .message_times import measure_messages
 from .planned_engine import EngineShape
 from .step_times import Measured, StepShape, fit
 
@@ -42,6 +43,9 @@ CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LATE_ROWS = (1, 4, 16)
 LATE_CHUNKS = (32, 128, 400, 1600)
 """Rows that decode while a prompt of each length arrives."""
+MESSAGE_ROUNDS = 40
+MESSAGE_PROMPT = 128
+"""Requests, each by itself, with which messages are measured, and their tokens of prompt."""
 MAX_SECONDS = 120.0
 """After this long no further episode is begun."""
 
@@ -141,6 +145,8 @@ def calibrate(
         fitted = fit(points)
     except ValueError as error:
         raise ConfigurationError(f"the engine is too small to be calibrated: {error}") from error
+    length = min(MESSAGE_PROMPT, info.max_model_len - DECODES)
+    requests = [_request(core, length, DECODES) for _ in range(MESSAGE_ROUNDS)]
     return Calibration(
         model=config.model,
         device=info.device,
@@ -152,6 +158,8 @@ def calibrate(
         shape=_shape_of(info, runs_ahead),
         num_left=num_left,
         times=fitted.times,
+        messages=measure_messages(core, requests, clock),
+        serving=None,
         mean_error=fitted.mean_error,
         max_error=fitted.max_error,
         points=points,
@@ -228,17 +236,19 @@ def _run(
 
 
 def _add(core: EngineCore, length: int, output_len: int) -> None:
-    """Add a request with a prompt that no other has."""
+    core.add_request(_request(core, length, output_len))
+
+
+def _request(core: EngineCore, length: int, output_len: int) -> Request:
+    """Make a request with a prompt that no other has."""
     number = next(_numbers)
     vocab = range(core.info.vocab_size)
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    core.add_request(
-        Request(
-            request_id=f"calibration-{number}",
-            prompt_token_ids=tuple(random.Random(number).choices(vocab, k=length)),
-            sampling_params=params,
-            arrival_time=time.monotonic(),
-        )
+    return Request(
+        request_id=f"calibration-{number}",
+        prompt_token_ids=tuple(random.Random(number).choices(vocab, k=length)),
+        sampling_params=params,
+        arrival_time=time.monotonic(),
     )
 
 

@@ -45,6 +45,15 @@ class EngineShape:
         return self.max_num_batched_tokens * (1 + self.runs_ahead)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageTimes:
+    """What an engine's process takes for messages, in seconds: `step` between any two steps, and
+    `request` more for each request that it reads there."""
+
+    step: float = 0.0
+    request: float = 0.0
+
+
 class VirtualClock:
     """The present time of one engine, in seconds."""
 
@@ -107,8 +116,16 @@ class PlannedEngine:
     """Takes requests at their times and steps. `follows_blocks` makes its messages carry what
     happens to its blocks."""
 
-    def __init__(self, shape: EngineShape, times: StepTimes, *, follows_blocks: bool) -> None:
+    def __init__(
+        self,
+        shape: EngineShape,
+        times: StepTimes,
+        messages: MessageTimes | None = None,
+        *,
+        follows_blocks: bool,
+    ) -> None:
         self.shape = shape
+        self._messages = messages or MessageTimes()
         self.clock = VirtualClock()
         self.worker = PlannedWorker(self.clock, times)
         self.manager = make_block_manager(shape.num_blocks, shape.block_size, shape.group_windows)
@@ -147,20 +164,26 @@ class PlannedEngine:
         """Let a request arrive. It is read before the next step that begins after that."""
         self._inbox.append((now, request))
 
-    def step(self, take: Callable[[SequenceOutput, float], None]) -> wire.StepMessage:
-        """Run the step that is due, hand its outputs over with the time of their end, and return
-        the message that clients get."""
+    def step(self, take: Callable[[SequenceOutput], None]) -> wire.StepMessage:
+        """Run the step that is due, hand its outputs over, and return the message that clients get.
+        They are there when the step has ended, which is what the clock shows then."""
         begin = self.next_step_at
         assert begin is not None
         self.clock.now = begin
-        # 1. Read what has arrived.
+        # 1. Read what has arrived. If the engine runs one step ahead, the device has a step to do
+        #    meanwhile.
+        seconds = self._messages.step
         while self._inbox and self._inbox[0][0] <= begin:
             self._scheduler.add_request(self._inbox.popleft()[1])
             self._num_added += 1
+            seconds += self._messages.request
+        self.clock.now += seconds
+        if seconds and not self.shape.runs_ahead:
+            self.worker.busy_by_part.update({"messages": seconds})
         # 2. The step.
         outputs = self._loop.step()
         for output in outputs:
-            take(output, self.clock.now)
+            take(output)
         # 3. What is reported, and what is remembered for the plan.
         stats = self._scheduler.stats()
         self._remember(stats, bool(outputs))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, abc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -15,20 +19,12 @@ from ..outputs import SequenceOutput
 from ..process import wire
 from ..request import Request
 from ..sampling_params import SamplingParams
-from .planned_engine import EngineShape, PlannedEngine
+from .front import Front, HttpProcess
+from .planned_engine import EngineShape, MessageTimes, PlannedEngine
 from .step_times import StepTimes
 
 PILE_UP = 1.4
 """Growth of the open requests from one quarter of a run to another that is no chance."""
-
-
-class Front(NamedTuple):
-    """What lies between clients and engines, in seconds: HTTP and tokenising before a request's
-    first token, and what one HTTP process takes for each output of a step, one after the other. The
-    newest requests come last in a step."""
-
-    request_seconds: float = 0.0
-    output_seconds: float = 0.0
 
 
 class PlannedRequest(NamedTuple):
@@ -43,8 +39,9 @@ class PlannedRequest(NamedTuple):
 @dataclass(slots=True)
 class _Open:
     arrival: float
-    choice: Choice
+    http: HttpProcess
     num_choices: int
+    choice: Choice = Choice("engine-0", 0)
     last: dict[int, float] = field(default_factory=dict)
     """When the latest token of each choice came."""
     num_ended: int = 0
@@ -80,6 +77,8 @@ class FleetRun:
     """Share of the time that an engine computes, on average."""
     busy_by_part: dict[str, float]
     """Share of the computing time by part of the steps."""
+    front_busy_share: float
+    """Share of the time that an HTTP process is busy, on average."""
 
     @property
     def piles_up(self) -> bool:
@@ -108,16 +107,28 @@ class FleetRun:
 
 
 class PlannedFleet:
-    """Runs a workload on `replicas` equal engines, behind one front."""
+    """Runs a workload on `replicas` equal engines, behind the HTTP processes of a front.
+
+    Requests go to the HTTP processes in turn. All that happens at known times, but the engines'
+    steps, waits in one heap: arrivals, requests that reach their engine, and messages of steps.
+    """
 
     def __init__(
-        self, shape: EngineShape, times: StepTimes, replicas: int, front: Front | None = None
+        self,
+        shape: EngineShape,
+        times: StepTimes,
+        replicas: int,
+        front: Front | None = None,
+        messages: MessageTimes | None = None,
     ) -> None:
         self._shape = shape
         self._times = times
         self._front = front or Front()
-        self._front_free_at = 0.0
-        """When the front has handed out all outputs that it has got."""
+        self._messages = messages or MessageTimes()
+        self._https = [HttpProcess() for _ in range(self._front.workers)]
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        """What happens when, with a number that keeps the order of what happens at once."""
+        self._numbers = count()
         self._replicas = replicas
         self._engines: dict[str, PlannedEngine] = {}
         self._router: FleetRouter | None = None
@@ -135,27 +146,28 @@ class PlannedFleet:
 
         Raises ConfigurationError if one can never run on these engines.
         """
-        arriving = [self._make(number, one) for number, one in enumerate(requests)]
+        for number, one in enumerate(requests):
+            self._at(one.arrival, partial(self._arrive, self._make(number, one), number))
         self._start(requests)
-        index = 0
         while True:
-            # The earliest event: an arrival, or an engine's next step.
             due = [
                 (at, name)
                 for name, engine in self._engines.items()
                 if (at := engine.next_step_at) is not None
             ]
             step_at, name = min(due, default=(float("inf"), ""))
-            if index < len(arriving) and arriving[index][0] <= step_at:
-                self._route(*arriving[index])
-                index += 1
+            # An engine's step reads what has arrived until it begins, so that comes first.
+            if self._events and self._events[0][0] <= step_at:
+                now, _, happen = heappop(self._events)
+                happen(now)
             elif due:
-                message = self._engines[name].step(self._take)
-                if self._router is not None:
-                    self._router.observe(name, message)
+                self._step(name)
             else:
                 break
         return self._summary(requests)
+
+    def _at(self, time: float, happen: Callable[[float], None]) -> None:
+        heappush(self._events, (time, next(self._numbers), happen))
 
     def _start(self, requests: abc.Sequence[PlannedRequest]) -> None:
         """Make the engines. Blocks that no request could ever want are left out of them: a pool of
@@ -168,7 +180,7 @@ class PlannedFleet:
         shape = replace(self._shape, num_blocks=min(self._shape.num_blocks, wanted))
         follows = self._replicas > 1
         for i in range(self._replicas):
-            engine = PlannedEngine(shape, self._times, follows_blocks=follows)
+            engine = PlannedEngine(shape, self._times, self._messages, follows_blocks=follows)
             self._engines[f"engine-{i}"] = engine
         if follows:
             self._router = FleetRouter()
@@ -176,8 +188,7 @@ class PlannedFleet:
                 self._router.join(name, shape)
                 self._router.observe(name, wire.BlocksKnown(0, b""))
 
-    def _make(self, number: int, one: PlannedRequest) -> tuple[float, Request]:
-        arrival = one.arrival + self._front.request_seconds
+    def _make(self, number: int, one: PlannedRequest) -> Request:
         try:
             request = Request(
                 request_id=str(number),
@@ -185,40 +196,64 @@ class PlannedFleet:
                 sampling_params=SamplingParams(
                     max_tokens=one.output_len, n=one.n, ignore_eos=True, seed=0
                 ),
-                arrival_time=arrival,
+                arrival_time=one.arrival,
             )
             request.check_fits(self._shape)
         except InvalidRequestError as error:
             raise ConfigurationError(f"request {number} of the workload: {error}") from error
-        return arrival, request
+        return request
 
-    def _route(self, arrival: float, request: Request) -> None:
-        choice = Choice("engine-0", 0)
+    def _arrive(self, request: Request, number: int, now: float) -> None:
+        """Let an HTTP process read a request that arrives `now`."""
+        http = self._https[number % len(self._https)]
+        self._open_at_arrival.append(len(self._open))
+        self._open[request.request_id] = _Open(now, http, request.sampling_params.n)
+        times = self._front.times
+        seconds = times.request + times.prompt_token * len(request.prompt_token_ids)
+        self._at(http.work(now, seconds) + times.latency, partial(self._route, request))
+
+    def _route(self, request: Request, now: float) -> None:
+        """Choose the engine of a request that an HTTP process has read, and send it there."""
+        request = replace(request, arrival_time=now)
         if self._router is not None:
             hashes = self._router.hashes(request)
-            choice = self._router.choose(request, hashes, arrival)
-            self._router.sent(request, hashes, choice, arrival)
-            expected = choice.predicted_cached_tokens
-            request = replace(request, expected_cached_tokens=expected)
-        self._open_at_arrival.append(len(self._open))
-        self._open[request.request_id] = _Open(
-            arrival - self._front.request_seconds, choice, request.sampling_params.n
-        )
-        self._engines[choice.engine].send(request, arrival)
+            choice = self._router.choose(request, hashes, now)
+            self._router.sent(request, hashes, choice, now)
+            request = replace(request, expected_cached_tokens=choice.predicted_cached_tokens)
+            self._open[request.request_id].choice = choice
+        self._engines[self._open[request.request_id].choice.engine].send(request, now)
+
+    def _step(self, name: str) -> None:
+        """Run an engine's step. Its message arrives when it ends."""
+        engine = self._engines[name]
+        outputs: list[SequenceOutput] = []
+        message = engine.step(outputs.append)
+        self._at(engine.clock.now, partial(self._receive, name, message, outputs))
+
+    def _receive(
+        self, name: str, message: wire.StepMessage, outputs: list[SequenceOutput], now: float
+    ) -> None:
+        """Let the HTTP processes handle the message of a step: each its own outputs."""
+        if self._router is not None:
+            self._router.observe(name, message)
+        times = self._front.times
+        for http in self._https:
+            http.work(now, times.message)
+        for output in outputs:
+            http = self._open[output.request_id].http
+            self._take(output, http.work(now, times.output))
 
     def _take(self, output: SequenceOutput, now: float) -> None:
-        """Note the times of an output's tokens, which an engine has made `now`."""
-        now = max(self._front_free_at, now) + self._front.output_seconds
-        self._front_free_at = now
+        """Note the times of an output's tokens, which reach the client `now`."""
         request = self._open[output.request_id]
-        count = len(output.token_ids)
-        self._output_tokens += count
-        if count:
+        num_tokens = len(output.token_ids)
+        self._output_tokens += num_tokens
+        if num_tokens:
             if not request.last:
                 self._ttft.append(now - request.arrival)
             elif output.choice in request.last:
                 self._itl.append(now - request.last[output.choice])
-            self._itl.extend([0.0] * (count - 1))
+            self._itl.extend([0.0] * (num_tokens - 1))
             request.last[output.choice] = now
         if output.finish_reason is not None:
             request.num_ended += 1
@@ -240,7 +275,7 @@ class PlannedFleet:
         engines = list(self._engines.values())
         begin = requests[0].arrival
         ends = [engine.clock.now for engine in engines]
-        duration = max(*ends, self._front_free_at) - begin
+        duration = max(*ends, *(http.free_at for http in self._https)) - begin
         busy: Counter[str] = sum((one.worker.busy_by_part for one in engines), Counter())
         total = busy.total()
         return FleetRun(
@@ -265,4 +300,5 @@ class PlannedFleet:
             peak_waiting=max(engine.peak_waiting for engine in engines),
             busy_share=total / (duration * len(engines)),
             busy_by_part={part: seconds / total for part, seconds in busy.items()},
+            front_busy_share=sum(http.busy for http in self._https) / (duration * len(self._https)),
         )

@@ -13,7 +13,7 @@ have found in the processor's caches.
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -85,6 +85,19 @@ class FittedTimes:
         """Return the step's time."""
         return sum(self.parts(shape).values())
 
+    def stretched(self, factor: float) -> FittedTimes:
+        """Return the times of a device on which every step takes `factor` times as long."""
+        return replace(
+            self,
+            base=self.base * factor,
+            token=self.token * factor,
+            row=self.row * factor,
+            context=self.context * factor,
+            pair=self.pair * factor,
+            over=self.over * factor,
+            cold=self.cold * factor,
+        )
+
 
 class Measured(NamedTuple):
     """A step's shape and the seconds that it took."""
@@ -122,7 +135,7 @@ def _fit_with(points: abc.Sequence[Measured], knee: int) -> Fit:
         ],
         dtype=float,
     )
-    solution = _least_squares(columns / seconds[:, None], np.ones(len(points)))
+    solution = least_squares(columns / seconds[:, None], np.ones(len(points)))
     base, token, row, context, pair, cold, over = map(float, solution)
     times = FittedTimes(
         base=base,
@@ -138,7 +151,7 @@ def _fit_with(points: abc.Sequence[Measured], knee: int) -> Fit:
     return Fit(times, float(errors.mean()), float(errors.max()))
 
 
-def _least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+def least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Solve a small least-squares problem without negative coefficients: leave out the most
     negative one until none is left."""
     scale = np.abs(matrix).max(axis=0)

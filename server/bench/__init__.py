@@ -12,6 +12,7 @@ Read in this order:
     plot       the SVG
     planning      the command line of `quire plan`
     plan_report   its table, JSON and plot
+    serving_runs  the runs against a server by which it is calibrated
 
 This room may import the server's ground files (server/*.py), engine.bench, engine.plan and the
 engine's words; lazily server.text, engine.runner and engine.model.

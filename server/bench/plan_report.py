@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...engine.plan.capacity import Bound, Capacity, highest_rate, limit_of
+from ...engine.plan.front import Front, FrontSource
 from ...engine.plan.layout import Hardware, Layout, Source, WorkloadAt, runner
-from ...engine.plan.planned_fleet import FleetRun, Front
+from ...engine.plan.planned_engine import MessageTimes
+from ...engine.plan.planned_fleet import FleetRun
+from ...engine.plan.serving import ServingTimes
 from .plot import Panel, Series
 
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -38,6 +41,8 @@ class Plan:
     model: str
     device: str
     error: float | None
+    front: Front
+    front_source: FrontSource
     bounds: tuple[Bound, ...]
     rate: float | None
     layouts: list[PlannedLayout]
@@ -52,6 +57,7 @@ def make_plan(
     rate: float | None,
     workload_at: WorkloadAt,
     front: Front,
+    front_source: FrontSource,
     *,
     progress: Callable[[str], None] = lambda text: None,
     with_curve: bool = True,
@@ -96,6 +102,8 @@ def make_plan(
         model=model,
         device=calibration.device if calibration else "",
         error=calibration.mean_error if calibration else None,
+        front=front,
+        front_source=front_source,
         bounds=bounds,
         rate=rate,
         layouts=planned,
@@ -109,7 +117,7 @@ def render(plan: Plan, workload: str) -> str:
     if plan.error is not None:
         times += f" ({plan.error:.1%} error of the fit)"
     goal = ", ".join(map(str, plan.bounds)) or "that requests do not pile up"
-    lines = [f"{plan.model} · {workload} · step times: {times}", f"goal: {goal}", ""]
+    lines = [f"{plan.model} · {workload} · step times: {times}", _front(plan), f"goal: {goal}", ""]
     head = ("tp × engines", "GPUs", "max req/s", "TTFT p50/p90/p99", "ITL p50/p99", "tok/s/GPU")
     rows: list[tuple[str, ...]] = [(*head, "KV used", "cached", "preempted")]
     rows += [_row(one) for one in plan.layouts]
@@ -121,6 +129,42 @@ def render(plan: Plan, workload: str) -> str:
     for one in plan.layouts:
         lines += _remarks(one, plan)
     lines += _verdict(plan)
+    return "\n".join(lines)
+
+
+def _front(plan: Plan) -> str:
+    times, workers = plan.front
+    if plan.front_source == "left out":
+        return "HTTP: left out (calibrate with --http, or give --front-ms and --front-output-ms)"
+    processes = "1 process" if workers == 1 else f"{workers} processes"
+    return (
+        f"HTTP: {plan.front_source}, {processes}; ms for each request {times.request * 1e3:.2f} "
+        f"(and {times.latency * 1e3:.2f} on its way), step {times.message * 1e3:.3f}, output "
+        f"{times.output * 1e3:.3f}"
+    )
+
+
+def describe_messages(times: MessageTimes) -> str:
+    """Return what was measured of an engine's messages, as a line for a terminal."""
+    return (
+        f"messages: {times.step * 1e6:.0f} µs between two steps, {times.request * 1e6:.0f} µs for "
+        "each request that is read there"
+    )
+
+
+def describe_serving(times: ServingTimes) -> str:
+    """Return what was measured of a server, as lines for a terminal."""
+    lines = [
+        f"in a server, steps take {times.stretch:.3f} times as long; a request is "
+        f"{times.http.latency * 1e3:.2f} ms on its way"
+    ]
+    for name, one in (("HTTP", times.http), ("the client", times.client)):
+        lines.append(
+            f"{name}: µs for each request {one.request * 1e6:.0f}, token of its prompt "
+            f"{one.prompt_token * 1e6:.2f}, step {one.message * 1e6:.0f}, output "
+            f"{one.output * 1e6:.1f}"
+        )
+    lines.append(f"the fit of HTTP's times is off by {times.error:.1%} on average")
     return "\n".join(lines)
 
 
@@ -152,7 +196,10 @@ def _remarks(one: PlannedLayout, plan: Plan) -> list[str]:
     if run is not None:
         parts = sorted(run.busy_by_part.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{share:.0%} {part}" for part, share in parts if share >= 0.005)
-        found.append(f"a step is {shares}; engines are busy {run.busy_share:.0%} of the time")
+        busy = f"engines are busy {run.busy_share:.0%} of the time"
+        if plan.front_source != "left out":
+            busy += f", HTTP {run.front_busy_share:.0%}"
+        found.append(f"a step is {shares}; {busy}")
     if one.at_rate is not None and plan.rate is not None:
         at = one.at_rate
         found.append(
@@ -183,6 +230,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "device": plan.device or None,
         "fit_error": plan.error,
+        "front": {
+            "source": plan.front_source,
+            "processes": plan.front.workers,
+            "ms": {name: 1e3 * seconds for name, seconds in asdict(plan.front.times).items()},
+        },
         "bounds": [str(bound) for bound in plan.bounds],
         "rate": plan.rate,
         "layouts": [
@@ -219,6 +271,7 @@ def _run(run: FleetRun | None) -> dict[str, Any] | None:
         "peak_kv_usage": run.peak_kv_usage,
         "busy_share": run.busy_share,
         "busy_by_part": run.busy_by_part,
+        "front_busy_share": run.front_busy_share,
     }
 
 

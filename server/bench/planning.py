@@ -14,17 +14,28 @@ from typing import Any
 
 from ...engine.bench.arguments import check_writable, positive_int, reading
 from ...engine.config import EngineConfig, engine_flags
-from ...engine.errors import ConfigurationError, QuireError
+from ...engine.errors import ConfigurationError, QuireError, StartupError
 from ...engine.layers.layer_groups import LayerGroups
 from ...engine.plan.calibration import Calibration, load_calibration
 from ...engine.plan.capacity import Bound
+from ...engine.plan.front import Front, FrontSource, FrontTimes
 from ...engine.plan.layout import Hardware, Layout, layouts_of
-from ...engine.plan.planned_engine import EngineShape
-from ...engine.plan.planned_fleet import Front, PlannedRequest
+from ...engine.plan.planned_engine import EngineShape, MessageTimes
+from ...engine.plan.planned_fleet import PlannedRequest
 from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
+from ...engine.plan.serving import fit_serving
+from ..about import install_extra
 from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
-from .plan_report import Plan, make_plan, panels, render, to_json
+from .plan_report import (
+    Plan,
+    describe_messages,
+    describe_serving,
+    make_plan,
+    panels,
+    render,
+    to_json,
+)
 from .plot import write_panels
 
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
@@ -56,7 +67,12 @@ def add_parser(commands: Any) -> None:
     times(
         "--calibrate",
         action="store_true",
-        help="measure them on this machine's device in one or two minutes, write --calibration",
+        help="measure them on this machine's device in two or three minutes, write --calibration",
+    )
+    times(
+        "--http",
+        action=argparse.BooleanOptionalAction,
+        help="with --calibrate: start a server, too, and measure what it adds (default: on)",
     )
     times(
         "--calibration",
@@ -68,10 +84,15 @@ def add_parser(commands: Any) -> None:
     fleet = parser.add_argument_group("Fleet").add_argument
     fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
     fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
-    fleet("--front-ms", type=float, default=0.0, metavar="MS", help="HTTP before the engine")
-    text = "HTTP after the engine, for each output of a step"
-    fleet("--front-output-ms", type=float, default=0.0, metavar="MS", help=text)
-    fleet("--step-ms", type=float, default=0.0, metavar="MS", help="messages between two steps")
+    fleet("--http-workers", type=positive_int, default=1, metavar="N", help="HTTP processes")
+    text = "clients share the cores of HTTP, as quire bench serve does on two cores"
+    fleet("--with-client", action="store_true", help=text)
+    text = "HTTP before the engine, for each request (default: what was measured)"
+    fleet("--front-ms", type=float, metavar="MS", help=text)
+    text = "HTTP after the engine, for each output of a step (default: what was measured)"
+    fleet("--front-output-ms", type=float, metavar="MS", help=text)
+    text = "messages between two steps (default: what was measured)"
+    fleet("--step-ms", type=float, metavar="MS", help=text)
     goal = parser.add_argument_group("Goal").add_argument
     goal("--rate", type=float, metavar="R", help="requests/s that must be served")
     for bound in BOUNDS:
@@ -108,7 +129,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     model = a.model or str(files("quire.configs") / "demo")
     if a.calibrate:
         return _calibrate(a, model)
-    given = [name for name in MEASURED_ONLY if getattr(a, name) is not None]
+    given = [name for name in (*MEASURED_ONLY, "http") if getattr(a, name) is not None]
     if given:
         raise ConfigurationError(f"--{given[0].replace('_', '-')} needs --calibrate")
     if a.ignore_eos is False:
@@ -116,12 +137,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
     check_arguments(a)
     bounds = _bounds(a)
     for flag in ("--front-ms", "--front-output-ms", "--step-ms"):
-        if not 0 <= getattr(a, flag[2:].replace("-", "_")) < math.inf:
+        value = getattr(a, flag[2:].replace("-", "_"))
+        if value is not None and not 0 <= value < math.inf:
             raise ConfigurationError(f"{flag} must be a number of milliseconds, not negative")
     if a.rate is not None and not 0 < a.rate < math.inf:
         raise ConfigurationError("--rate must be a positive number of requests/s")
     calibration = None if a.calibration is None else load_calibration(a.calibration)
     hardware = _hardware(a, model, calibration)
+    front, source = _front(a, calibration)
     plan = make_plan(
         calibration.model if calibration and a.model is None else a.model or "quire-demo",
         hardware,
@@ -129,7 +152,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
         bounds,
         a.rate,
         _workload_at(a, a.vocab_size or hardware.shape.vocab_size),
-        Front(a.front_ms / 1e3, a.front_output_ms / 1e3),
+        front,
+        source,
         progress=_progress,
         with_curve=a.plot is not None,
     )
@@ -159,17 +183,31 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
     if a.gpu or a.gpus or a.layout or a.plot or a.rate is not None or _bounds(a):
         raise ConfigurationError("--calibrate only measures: give the rest to a second quire plan")
     names = {flag.name: flag.field for flag in engine_flags()}
-    values = {
-        names[name]: getattr(a, name)
-        for name in (*SIZES, *MEASURED_ONLY, BLOCKS)
-        if getattr(a, name) is not None
-    }
-    config = EngineConfig(model=model, speculation="off", **values)
+    given = (*SIZES, *MEASURED_ONLY, BLOCKS)
+    values = {name: getattr(a, name) for name in given if getattr(a, name) is not None}
+    fields = {names[name]: value for name, value in values.items()}
+    config = EngineConfig(model=model, speculation="off", **fields)
+    served = None
+    if a.http is not False:
+        # The server has the device for itself: the engine that is measured alone starts after it.
+        try:
+            from .serving_runs import measure_server
+        except ModuleNotFoundError as error:
+            if error.name != "aiohttp":
+                raise
+            text = f"measuring HTTP needs aiohttp: {install_extra('bench')}, or give --no-http"
+            raise StartupError(text) from error
+        served = measure_server(model, values, _progress)
     # Imported late, so that a wrong command line is refused without the second that torch takes.
     from ...engine.plan.measuring import calibrate
     from ...engine.runner.worker import Worker
 
     calibration = calibrate(config, Worker(config), progress=_progress)
+    if served is not None:
+        _progress("fitting")
+        shape, times, messages = calibration.shape, calibration.times, calibration.messages
+        serving = fit_serving(*served, shape, times, messages)
+        calibration = replace(calibration, serving=serving)
     calibration.save(path)
     times = calibration.times
     print(
@@ -180,11 +218,33 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
         f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}, token that "
         f"the step before had more {times.cold * 1e6:.3f}\n"
         f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
-        f"at most\ncalibration: {path}"
+        f"at most\n{describe_messages(calibration.messages)}"
     )
+    if calibration.serving is not None:
+        print(describe_serving(calibration.serving))
+    print(f"calibration: {path}")
     if calibration.num_left:
         print(f"warning: no time for {calibration.num_left} kinds of many rows", file=sys.stderr)
     return 0
+
+
+def _front(a: argparse.Namespace, calibration: Calibration | None) -> tuple[Front, FrontSource]:
+    """Return the HTTP processes that are planned for: as measured, if they were, but for what flags
+    give. Raises ConfigurationError for a client that was not measured."""
+    serving = None if calibration is None else calibration.serving
+    times = FrontTimes()
+    source: FrontSource = "left out"
+    if serving is not None:
+        times, source = serving.front(with_client=a.with_client), "measured"
+    elif a.with_client:
+        raise ConfigurationError("--with-client needs a calibration with --http")
+    if a.front_ms is not None:
+        times = replace(times, request=a.front_ms / 1e3, prompt_token=0.0, latency=0.0)
+    if a.front_output_ms is not None:
+        times = replace(times, message=0.0, output=a.front_output_ms / 1e3)
+    if a.front_ms is not None or a.front_output_ms is not None:
+        source = "given"
+    return Front(times, a.http_workers), source
 
 
 def _bounds(a: argparse.Namespace) -> tuple[Bound, ...]:
@@ -273,11 +333,14 @@ def _hardware(a: argparse.Namespace, model: str, calibration: Calibration | None
     elif calibration is not None and "block_size" in sizes:
         tokens = shape.num_blocks * shape.block_size
         sizes["num_blocks"] = tokens // sizes["block_size"]
+    messages = MessageTimes() if calibration is None else calibration.messages
+    if a.step_ms is not None:
+        messages = replace(messages, step=a.step_ms / 1e3)
     return Hardware(
         shape=replace(shape, **sizes),
         calibration=calibration,
         model=described,
-        between_steps=a.step_ms / 1e3,
+        messages=messages,
         gpu=gpu,
         fixed_blocks=blocks is not None,
     )

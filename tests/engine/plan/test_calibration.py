@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError
 from quire.engine.plan import measuring
 from quire.engine.plan.calibration import Calibration, load_calibration
+from quire.engine.plan.front import FrontTimes
 from quire.engine.plan.measuring import REPEATS, calibrate
 from quire.engine.plan.planned_engine import PlannedForward, PlannedWorker, VirtualClock
+from quire.engine.plan.serving import ServingTimes
 from quire.engine.plan.step_times import StepTimes
 from quire.engine.step import SchedulerOutput
 
@@ -77,6 +79,16 @@ def test_the_file_is_read_as_it_was_written(calibration: Calibration, tmp_path: 
     path = tmp_path / "calibration.json"
     calibration.save(path)
     assert load_calibration(path) == calibration
+    served = replace(
+        calibration,
+        serving=ServingTimes(
+            http=FrontTimes(request=1e-3, output=1e-4), client=FrontTimes(), stretch=1.1, error=0.1
+        ),
+    )
+    served.save(path)
+    assert load_calibration(path) == served
+    assert served.served_times.base == pytest.approx(1.1 * served.times.base)
+    assert calibration.served_times == calibration.times
     with pytest.raises(ConfigurationError, match="cannot write"):
         calibration.save(tmp_path / "no" / "file.json")
 
@@ -100,6 +112,9 @@ def change(**values: Any) -> Any:
         (lambda document: change(shape={**document["shape"], "num_blocks": 1.5})(document), "1.5"),
         (change(points=[[1, 2]]), "is no calibration"),
         (change(points=3), "is no calibration"),
+        (change(messages={"step": -1.0, "request": 0.0}), "step is -1.0"),
+        (change(serving={"http": {}}), "is no calibration"),
+        (change(serving=3), "is no calibration"),
     ],
 )
 def test_broken_files_are_refused(

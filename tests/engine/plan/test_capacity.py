@@ -48,6 +48,7 @@ def test_what_is_broken_and_what_runs_out() -> None:
     assert limit_of(make_run(crowded_steps=90, full_steps=90), 512) == "--max-num-seqs"
     assert limit_of(make_run(full_steps=90), 512) == "prefill"
     assert limit_of(make_run(), 512) == "time of a step"
+    assert limit_of(make_run(front_busy_share=0.99), 512) == "HTTP (--http-workers)"
 
 
 def test_the_capacity_of_a_planned_engine_is_its_service_rate() -> None:

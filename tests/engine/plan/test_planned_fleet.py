@@ -7,7 +7,9 @@ import random
 import pytest
 
 from quire.engine.errors import ConfigurationError
-from quire.engine.plan.planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
+from quire.engine.plan.front import Front, FrontTimes
+from quire.engine.plan.planned_engine import MessageTimes
+from quire.engine.plan.planned_fleet import FleetRun, PlannedFleet, PlannedRequest
 
 from .models import TIMES, request, shape, times
 
@@ -15,8 +17,9 @@ from .models import TIMES, request, shape, times
 def run(
     requests: list[PlannedRequest],
     replicas: int = 1,
-    front: float = 0.0,
-    front_output: float = 0.0,
+    front: FrontTimes | None = None,
+    workers: int = 1,
+    messages: MessageTimes | None = None,
     model: object = None,
     **sizes: object,
 ) -> FleetRun:
@@ -24,7 +27,8 @@ def run(
         shape(**sizes),
         model or times(base=0.01),  # type: ignore[arg-type]
         replicas,
-        Front(front, front_output),
+        Front(front or FrontTimes(), workers),
+        messages,
     )
     return fleet.run(requests)
 
@@ -32,7 +36,8 @@ def run(
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_a_request_alone(runs_ahead: bool) -> None:
     """Steps take 10 ms: one for the prompt and its first token, one for each of the others."""
-    result = run([request(5.0, output=4)], runs_ahead=runs_ahead, front=0.002)
+    front = FrontTimes(request=0.0005, prompt_token=0.00005, latency=0.0005)
+    result = run([request(5.0, output=4)], runs_ahead=runs_ahead, front=front)
     assert result.ttft == pytest.approx([0.012])
     assert result.itl == pytest.approx([0.01] * 3)
     assert result.e2e == pytest.approx([0.042]) and result.duration == pytest.approx(0.042)
@@ -44,13 +49,75 @@ def test_outputs_pass_the_front_one_after_the_other_the_newest_last() -> None:
     """Each takes 1 ms: the first token of the fourth request waits for three others' tokens."""
     requests = [request(0.0, output=9, first=100 * i) for i in range(3)]
     late = request(0.015, output=1, first=900)
-    result = run([*requests, late], front=0.002, front_output=0.001)
+    result = run([*requests, late], front=FrontTimes(latency=0.002, output=0.001))
     # It comes at 0.017, in the step from 0.022 to 0.032, behind three.
     assert result.ttft == pytest.approx([0.013, 0.014, 0.015, 0.021])
     assert result.itl == pytest.approx([0.01] * 24)
     assert result.queue == pytest.approx([0.005, 0.0, 0.0, 0.0])
     assert result.prefill == pytest.approx([0.01] * 4)
     assert result.duration == pytest.approx(0.002 + 0.09 + 0.003)
+    assert result.front_busy_share == pytest.approx(0.028 / result.duration)
+
+
+def test_prompts_and_outputs_wait_for_each_other() -> None:
+    """A request takes 4 ms of an HTTP process, a step's message 1 ms and an output 2 ms."""
+    front = FrontTimes(request=0.004, message=0.001, output=0.002)
+    requests = [request(0.0, output=3), request(0.0, output=1, first=300)]
+    result = run(requests, front=front)
+    # The engine gets them at 4 and 8 ms. The first one's step ends at 14 ms, its output is there at
+    # 17 ms; the second one's at 24 ms, where it comes after that of the first one.
+    assert result.ttft == pytest.approx([0.017, 0.029])
+    assert result.queue == pytest.approx([0.006, 0.0])
+    assert result.itl == pytest.approx([0.01, 0.01])
+    # One that arrives while the first output is written is read after that, until 21 ms, and misses
+    # the step that began at 14 ms. In the next one it comes after the first one's third token.
+    third = request(0.0145, output=1, first=600)
+    result = run([requests[0], third], front=front)
+    assert result.ttft == pytest.approx([0.017, 0.034 + 0.005 - 0.0145])
+    # One that is being read when a step ends makes its outputs wait.
+    result = run([requests[0], third._replace(arrival=0.013)], front=front)
+    assert result.ttft[0] == pytest.approx(0.013 + 0.004 + 0.003)
+
+
+def test_several_http_processes_share_the_requests() -> None:
+    front = FrontTimes(request=0.005, output=0.001)
+    requests = [request(0.0, output=1, first=100 * i) for i in range(4)]
+    one, two = (run(requests, front=front, workers=workers) for workers in (1, 2))
+    # One process reads until 20 ms, so the first output, made at 15 ms, waits.
+    assert one.ttft == pytest.approx([0.021, 0.026, 0.027, 0.036])
+    assert two.ttft == pytest.approx([0.016, 0.016, 0.026, 0.026])
+    assert one.front_busy_share == pytest.approx(0.024 / 0.036)
+    assert two.front_busy_share == pytest.approx(0.012 / 0.026)
+
+
+def test_the_waits_for_an_http_process_are_those_of_theory() -> None:
+    """The engine takes no time, so it is an M/D/1 queue again. But an output is a second job: it
+    waits for the requests that came while its own was in the queue, ρ of that time by Little."""
+    rng = random.Random(6)
+    now, requests = 0.0, []
+    for i in range(4000):
+        now += rng.expovariate(0.6 / 0.01)
+        requests.append(request(now, prompt=8, output=1, first=(37 * i) % 1000))
+    result = run(requests, model=times(), front=FrontTimes(request=0.01))
+    mean = sum(result.ttft) / len(result.ttft)
+    assert mean == pytest.approx(0.01 * (1 + 0.6 / (2 * 0.4)) * (1 + 0.6), rel=0.08)
+    assert result.front_busy_share == pytest.approx(0.6, rel=0.04)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_messages_take_time_between_steps(runs_ahead: bool) -> None:
+    """They take 1 ms for each step and 2 ms for each request, which a device does not wait for if
+    it has another step to do."""
+    messages = MessageTimes(step=0.001, request=0.002)
+    requests = [request(0.0, output=4), request(0.0, output=4, first=300)]
+    result = run(requests, messages=messages, runs_ahead=runs_ahead)
+    assert result.ttft == pytest.approx([0.015] * 2)
+    if runs_ahead:
+        assert result.itl == pytest.approx([0.01] * 6)
+        assert "messages" not in result.busy_by_part
+    else:
+        assert result.itl == pytest.approx([0.011] * 6)
+        assert result.busy_by_part["messages"] == pytest.approx(0.008 / 0.048)
 
 
 def test_a_request_waits_for_the_step_that_runs() -> None:

@@ -9,7 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from quire.engine.plan.calibration import Calibration
-from quire.engine.plan.planned_engine import EngineShape
+from quire.engine.plan.front import FrontTimes
+from quire.engine.plan.planned_engine import EngineShape, MessageTimes
+from quire.engine.plan.serving import ServingTimes
 from quire.engine.plan.step_times import FittedTimes, Measured, StepShape
 from quire.server.cli import main
 
@@ -40,6 +42,13 @@ def calibration(tmp_path: Path) -> str:
         times=FittedTimes(
             base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, cold=0.0, knee=0
         ),
+        messages=MessageTimes(),
+        serving=ServingTimes(
+            http=FrontTimes(request=0.002, latency=0.001, message=0.0002, output=0.0005),
+            client=FrontTimes(request=0.001),
+            stretch=1.0,
+            error=0.05,
+        ),
         mean_error=0.021,
         max_error=0.1,
         num_left=0,
@@ -58,9 +67,12 @@ def test_a_plan_on_the_terminal(
     plot = tmp_path / "plan.svg"
     goal = ("--ttft-p50", "60", "--itl-p99", "80", "--rate", "100")
     layouts = ("--layout", "1x2", "--layout", "1x1", "--layout", "1x3")
-    code = plan("--calibration", calibration, *LOAD, *goal, *layouts, "--plot", str(plot))
+    flags = ("--http-workers", "3", "--plot", str(plot))
+    code = plan("--calibration", calibration, *LOAD, *goal, *layouts, *flags)
     text = capsys.readouterr().out
     assert "tiny · random, 64 in / 8 out · step times: measured (2.1% error of the fit)" in text
+    assert "HTTP: measured, 3 processes; ms for each request 2.00 (and 1.00 on its way)" in text
+    assert ", HTTP " in text
     assert "goal: TTFT p50 ≤ 60 ms, ITL p99 ≤ 80 ms" in text
     assert "1 × 3: one engine lost:" in text and "runs out first:" in text
     rates = [
@@ -79,8 +91,8 @@ def test_a_plan_as_json(calibration: str, capsys: pytest.CaptureFixture[str]) ->
     assert code == 1 and found["bounds"] == ["ITL p99 ≤ 0.001 ms"] and found["rate"] == 5
     (layout,) = found["layouts"]
     assert layout["max_requests_per_s"] == 0 and layout["broken_beyond"] == ["ITL p99"]
-    # At 5 requests/s they hardly meet: 10 ms and 6.4 ms for the prompt.
-    assert layout["at_rate"]["ttft_ms"]["p50"] == pytest.approx(16.4, rel=0.05)
+    # At 5 requests/s they hardly meet: 10 ms, 6.4 ms for the prompt, 3.7 ms outside the engine.
+    assert layout["at_rate"]["ttft_ms"]["p50"] == pytest.approx(20.1, rel=0.05)
     assert layout["at_rate"]["itl_ms"]["p50"] == pytest.approx(10.1, rel=0.05)
     assert layout["step_times"] == "measured" and layout["max_requests_per_s_without_one"] is None
 
@@ -88,11 +100,39 @@ def test_a_plan_as_json(calibration: str, capsys: pytest.CaptureFixture[str]) ->
 def test_what_lies_between_steps_is_added_to_each(
     calibration: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan("--calibration", calibration, *LOAD, "--rate", "5", "--step-ms", "3", "--json") == 0
+    flags = ("--rate", "5", "--step-ms", "3", "--front-ms", "0", "--front-output-ms", "0", "--json")
+    assert plan("--calibration", calibration, *LOAD, *flags) == 0
     (layout,) = json.loads(capsys.readouterr().out)["layouts"]
     assert 19.3 < layout["at_rate"]["ttft_ms"]["p50"] < 19.4 + 13  # some wait for others' steps
     assert layout["at_rate"]["itl_ms"]["p50"] == pytest.approx(13.1, rel=0.05)
     assert 0.2 < layout["at_rate"]["busy_by_part"]["messages"] < 0.25
+
+
+def test_http_is_as_measured_or_given(calibration: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def at_5(*flags: str) -> tuple[str, float]:
+        words = ("--calibration", calibration, *LOAD, "--rate", "5", "--json")
+        assert plan(*words, *flags) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["front"]["source"], found["layouts"][0]["at_rate"]["ttft_ms"]["p50"]
+
+    source, measured = at_5()
+    assert source == "measured"
+    source, with_client = at_5("--with-client")
+    assert source == "measured" and with_client == pytest.approx(measured + 1, abs=0.5)
+    source, given = at_5("--front-ms", "9", "--front-output-ms", "0")
+    assert source == "given" and given == pytest.approx(measured + 5.3, abs=0.5)
+
+    # One process bears about 500 tokens' events and requests a second, and three bear more.
+    def limit(workers: str) -> tuple[float, str]:
+        flags = ("--http-workers", workers, "--front-ms", "30", "--json")
+        assert plan("--calibration", calibration, *LOAD, *flags) == 0
+        (layout,) = json.loads(capsys.readouterr().out)["layouts"]
+        return layout["max_requests_per_s"], layout["runs_out_first"]
+
+    one, what = limit("1")
+    assert one < 31 and what == "HTTP (--http-workers)"
+    three, what = limit("3")
+    assert three > 1.5 * one and what != "HTTP (--http-workers)"
 
 
 def test_sizes_of_the_engine_can_be_changed(
@@ -119,8 +159,8 @@ def test_a_trace_keeps_the_shape_of_its_arrivals(
     flags = ("--dataset-name", "trace", "--trace-file", str(trace), "--rate", "5", "--json")
     assert plan("--calibration", calibration, *flags) == 0
     (layout,) = json.loads(capsys.readouterr().out)["layouts"]
-    # Ten at once have their 300 tokens computed in two steps.
-    assert layout["at_rate"]["ttft_ms"]["p50"] == pytest.approx(10 + 25.6, rel=0.1)
+    # Ten at once are read one after the other, 2 ms each, and computed in two or three steps.
+    assert layout["at_rate"]["ttft_ms"]["p50"] == pytest.approx(10 + 25.6 + 10, rel=0.3)
 
 
 def test_the_demo_model_is_estimated_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +186,8 @@ def test_the_demo_model_is_estimated_on_gpus(capsys: pytest.CaptureFixture[str])
         ("--calibration FILE --front-ms -1", "--front-ms must be a number of milliseconds, not"),
         ("--calibration FILE --step-ms nan", "--step-ms must be a number of milliseconds, not"),
         ("--calibration FILE --dtype float16", "--dtype needs --calibrate"),
+        ("--calibration FILE --no-http", "--http needs --calibrate"),
+        ("--gpu H100 --with-client", "--with-client needs a calibration with --http"),
         ("--calibration FILE --no-ignore-eos", "drop --no-ignore-eos"),
         ("other --calibration FILE", "was measured with tiny"),
         ("--calibration FILE --random-input-len 3000", "request 0 of the workload: "),
