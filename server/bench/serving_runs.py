@@ -19,7 +19,7 @@ import uvloop
 from ...engine.errors import StartupError
 from ...engine.plan.planned_fleet import PlannedRequest
 from ...engine.plan.serving import ServedRun
-from .dataset import DatasetOptions, arrival_times, build_workload
+from .dataset import DatasetOptions, Workload, arrival_times, build_workload
 from .load import LoadGenerator, ask
 from .measure import make_client
 
@@ -169,19 +169,7 @@ class ServerRuns:
         """Send requests with prompts that no other run has: `width` at once, or at their times."""
         self._seed += 1
         self._progress(f"HTTP: {count} requests of {prompt_len} and {output_len} tokens")
-        workload = build_workload(
-            DatasetOptions(
-                name="random",
-                num_prompts=count,
-                input_len=min(prompt_len, self._longest // 2),
-                output_len=min(output_len, self._longest // 4),
-                range_ratio=0.0,
-                prefix_len=0,
-                trace_file=None,
-                vocab_size=self._vocab_size,
-                seed=self._seed,
-            )
-        )
+        workload = self._workload(count, prompt_len, output_len)
         generator = LoadGenerator(
             self._client,
             "/v1/completions",
@@ -209,6 +197,21 @@ class ServerRuns:
             num_steps=steps,
             http_seconds=cpu,
             client_seconds=run.client.cpu_share * run.duration_s,
+        )
+
+    def _workload(self, count: int, prompt_len: int, output_len: int) -> Workload:
+        return build_workload(
+            DatasetOptions(
+                name="random",
+                num_prompts=count,
+                input_len=min(prompt_len, self._longest // 2),
+                output_len=min(output_len, self._longest // 4),
+                range_ratio=0.0,
+                prefix_len=0,
+                trace_file=None,
+                vocab_size=self._vocab_size,
+                seed=self._seed,
+            )
         )
 
     async def _num_steps(self) -> int:
