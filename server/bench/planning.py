@@ -23,7 +23,7 @@ from ...engine.plan.layout import Hardware, Layout, layouts_of
 from ...engine.plan.planned_engine import EngineShape, MessageTimes
 from ...engine.plan.planned_fleet import PlannedRequest
 from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
-from ...engine.plan.serving import fit_serving
+from ...engine.plan.serving import LARGE_STRETCH, fit_serving
 from ..about import install_extra
 from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
@@ -226,6 +226,8 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
     )
     if calibration.serving is not None:
         print(describe_serving(calibration.serving))
+        if calibration.serving.stretch > LARGE_STRETCH:
+            print("warning: something else used the machine: calibrate again", file=sys.stderr)
     print(f"calibration: {path}")
     if calibration.num_left:
         print(f"warning: no time for {calibration.num_left} kinds of many rows", file=sys.stderr)

@@ -36,7 +36,7 @@ CROWDS = (
     *((16, PROMPT, 2 * OUTPUT), (16, PROMPT, 2), (16, LONG_PROMPT, 2)),
 )
 """Requests at once, and their tokens of prompt and answer, in runs that differ in both."""
-ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 3
+ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 4
 """Rates of requests that do not meet, and of those that keep the engine busy for a part of the
 time, in requests for the time that one takes; and how many runs the latter have."""
 
@@ -145,17 +145,17 @@ class ServerRuns:
         count = min(count_of(seconds / ALONE_LOAD), 60)
         gaps = [i * seconds / ALONE_LOAD for i in range(count)]
         alone = await self._send(count, None, PROMPT, OUTPUT, gaps)
-        # 3. Crowds.
+        # 3. Loads, before machines that give only short bursts of their processors slow down.
+        loads = []
+        for _ in range(LOAD_RUNS):
+            count = count_of(2 * seconds / LOAD)
+            arrivals = arrival_times(count, LOAD / seconds, 1.0, self._seed)
+            loads.append(await self._send(count, None, PROMPT, 2 * OUTPUT, arrivals))
+        # 4. Crowds, of which only the seconds of processors count.
         crowds = [
             await self._send(count_of(seconds / min(width, 2)), width, prompt, output)
             for width, prompt, output in CROWDS
         ]
-        # 4. Loads.
-        loads = []
-        for _ in range(LOAD_RUNS):
-            count = count_of(seconds / LOAD)
-            arrivals = arrival_times(count, LOAD / seconds, 1.0, self._seed)
-            loads.append(await self._send(count, None, PROMPT, 2 * OUTPUT, arrivals))
         return ServedRuns(alone, crowds, loads)
 
     async def _send(
