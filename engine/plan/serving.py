@@ -23,6 +23,8 @@ from .step_times import FittedTimes, least_squares
 STRETCHES = (0.7, 1.8)
 """Bounds within which `stretch` is looked for."""
 HALVINGS = 10
+LARGE_STRETCH = 1.3
+"""A stretch above which something else must have used the machine."""
 
 
 class ServedRun(NamedTuple):
@@ -78,8 +80,8 @@ def fit_serving(
         front = Front(http + client)
         return PlannedFleet(shape, times.stretched(stretch), 1, front, messages)
 
-    # 2. How long steps take: from the first to the last token nothing else counts. A process that
-    #    is slow at times makes a run longer, so the median of several counts.
+    # 2. How long steps take: from the first to the last token nothing else counts. What else the
+    #    machine does only makes a run longer, so the lower ones of several count.
     def stretch_of(run: ServedRun) -> float:
         low, high = STRETCHES
         measured = sum(run.e2e) - sum(run.ttft)
@@ -90,7 +92,7 @@ def fit_serving(
             low, high = (middle, high) if is_short else (low, middle)
         return (low + high) / 2
 
-    stretch = median(stretch_of(run) for run in loads)
+    stretch = sorted(map(stretch_of, loads))[(len(loads) - 1) // 3]
     # 3. The rest of the time to a first token: network, and processes that wake up.
     rest = median(alone.ttft) - planned(alone, stretch).run(alone.requests).percentile("ttft", 50)
     http = replace(http, latency=max(rest, 0.0))

@@ -23,7 +23,7 @@ from ...engine.plan.layout import Hardware, Layout, layouts_of
 from ...engine.plan.planned_engine import EngineShape, MessageTimes
 from ...engine.plan.planned_fleet import PlannedRequest
 from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
-from ...engine.plan.serving import fit_serving
+from ...engine.plan.serving import LARGE_STRETCH, fit_serving
 from ..about import install_extra
 from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
@@ -81,18 +81,7 @@ def add_parser(commands: Any) -> None:
         help=f"measured step times (default with --calibrate: {DEFAULT_FILE})",
     )
     times("--gpu", metavar="NAME", help=f"estimate them for one of {', '.join(GPUS)}")
-    fleet = parser.add_argument_group("Fleet").add_argument
-    fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
-    fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
-    fleet("--http-workers", type=positive_int, default=1, metavar="N", help="HTTP processes")
-    text = "clients share the cores of HTTP, as quire bench serve does on two cores"
-    fleet("--with-client", action="store_true", help=text)
-    text = "HTTP before the engine, for each request (default: what was measured)"
-    fleet("--front-ms", type=float, metavar="MS", help=text)
-    text = "HTTP after the engine, for each output of a step (default: what was measured)"
-    fleet("--front-output-ms", type=float, metavar="MS", help=text)
-    text = "messages between two steps (default: what was measured)"
-    fleet("--step-ms", type=float, metavar="MS", help=text)
+    _add_fleet_arguments(parser)
     goal = parser.add_argument_group("Goal").add_argument
     goal("--rate", type=float, metavar="R", help="requests/s that must be served")
     for bound in BOUNDS:
@@ -110,6 +99,21 @@ def add_parser(commands: Any) -> None:
     # What the check of a benchmark's flags reads, and a plan has not.
     absent = {"sweep": None, "request_rate": None, "result_filename": None}
     parser.set_defaults(run=run_plan, endpoint="/v1/completions", **absent)
+
+
+def _add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    fleet = parser.add_argument_group("Fleet").add_argument
+    fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
+    fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
+    fleet("--http-workers", type=positive_int, default=1, metavar="N", help="HTTP processes")
+    text = "clients share the cores of HTTP, as quire bench serve does on two cores"
+    fleet("--with-client", action="store_true", help=text)
+    text = "HTTP before the engine, for each request (default: what was measured)"
+    fleet("--front-ms", type=float, metavar="MS", help=text)
+    text = "HTTP after the engine, for each output of a step (default: what was measured)"
+    fleet("--front-output-ms", type=float, metavar="MS", help=text)
+    text = "messages between two steps (default: what was measured)"
+    fleet("--step-ms", type=float, metavar="MS", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -222,6 +226,8 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
     )
     if calibration.serving is not None:
         print(describe_serving(calibration.serving))
+        if calibration.serving.stretch > LARGE_STRETCH:
+            print("warning: something else used the machine: calibrate again", file=sys.stderr)
     print(f"calibration: {path}")
     if calibration.num_left:
         print(f"warning: no time for {calibration.num_left} kinds of many rows", file=sys.stderr)

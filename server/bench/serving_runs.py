@@ -19,7 +19,7 @@ import uvloop
 from ...engine.errors import StartupError
 from ...engine.plan.planned_fleet import PlannedRequest
 from ...engine.plan.serving import ServedRun
-from .dataset import DatasetOptions, arrival_times, build_workload
+from .dataset import DatasetOptions, Workload, arrival_times, build_workload
 from .load import LoadGenerator, ask
 from .measure import make_client
 
@@ -36,7 +36,7 @@ CROWDS = (
     *((16, PROMPT, 2 * OUTPUT), (16, PROMPT, 2), (16, LONG_PROMPT, 2)),
 )
 """Requests at once, and their tokens of prompt and answer, in runs that differ in both."""
-ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 3
+ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 4
 """Rates of requests that do not meet, and of those that keep the engine busy for a part of the
 time, in requests for the time that one takes; and how many runs the latter have."""
 
@@ -145,17 +145,17 @@ class ServerRuns:
         count = min(count_of(seconds / ALONE_LOAD), 60)
         gaps = [i * seconds / ALONE_LOAD for i in range(count)]
         alone = await self._send(count, None, PROMPT, OUTPUT, gaps)
-        # 3. Crowds.
+        # 3. Loads, before machines that give only short bursts of their processors slow down.
+        loads = []
+        for _ in range(LOAD_RUNS):
+            count = count_of(2 * seconds / LOAD)
+            arrivals = arrival_times(count, LOAD / seconds, 1.0, self._seed)
+            loads.append(await self._send(count, None, PROMPT, 2 * OUTPUT, arrivals))
+        # 4. Crowds, of which only the seconds of processors count.
         crowds = [
             await self._send(count_of(seconds / min(width, 2)), width, prompt, output)
             for width, prompt, output in CROWDS
         ]
-        # 4. Loads.
-        loads = []
-        for _ in range(LOAD_RUNS):
-            count = count_of(seconds / LOAD)
-            arrivals = arrival_times(count, LOAD / seconds, 1.0, self._seed)
-            loads.append(await self._send(count, None, PROMPT, 2 * OUTPUT, arrivals))
         return ServedRuns(alone, crowds, loads)
 
     async def _send(
@@ -169,19 +169,7 @@ class ServerRuns:
         """Send requests with prompts that no other run has: `width` at once, or at their times."""
         self._seed += 1
         self._progress(f"HTTP: {count} requests of {prompt_len} and {output_len} tokens")
-        workload = build_workload(
-            DatasetOptions(
-                name="random",
-                num_prompts=count,
-                input_len=min(prompt_len, self._longest // 2),
-                output_len=min(output_len, self._longest // 4),
-                range_ratio=0.0,
-                prefix_len=0,
-                trace_file=None,
-                vocab_size=self._vocab_size,
-                seed=self._seed,
-            )
-        )
+        workload = self._workload(count, prompt_len, output_len)
         generator = LoadGenerator(
             self._client,
             "/v1/completions",
@@ -209,6 +197,21 @@ class ServerRuns:
             num_steps=steps,
             http_seconds=cpu,
             client_seconds=run.client.cpu_share * run.duration_s,
+        )
+
+    def _workload(self, count: int, prompt_len: int, output_len: int) -> Workload:
+        return build_workload(
+            DatasetOptions(
+                name="random",
+                num_prompts=count,
+                input_len=min(prompt_len, self._longest // 2),
+                output_len=min(output_len, self._longest // 4),
+                range_ratio=0.0,
+                prefix_len=0,
+                trace_file=None,
+                vocab_size=self._vocab_size,
+                seed=self._seed,
+            )
         )
 
     async def _num_steps(self) -> int:
