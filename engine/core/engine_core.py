@@ -49,7 +49,8 @@ class EngineCore:
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
         loaded = worker.load()
         num_blocks = worker.profile()
-        config = replace(config, max_num_seqs=worker.max_num_seqs())
+        seats = min(config.max_num_seqs, worker.max_num_seqs())
+        config = replace(config, max_num_seqs=seats)
         self._info = EngineInfo.of(config, loaded, num_blocks)
         self._adapters = LoadedAdapters(config, loaded, worker)
         self._structured = StructuredOutput(

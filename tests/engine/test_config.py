@@ -14,7 +14,7 @@ from quire.engine.errors import ConfigurationError
 def test_every_field_but_a_few_is_a_flag() -> None:
     """But for the adapters, which the server's flags --lora name in another form."""
     flags = engine_flags()
-    others = {"model", "lora", "skip_broken_lora", "num_peers"}
+    others = {"model", "lora", "skip_broken_lora", "num_peers", "lowers_max_num_seqs"}
     assert others | {flag.field for flag in flags} == {f.name for f in fields(EngineConfig)}
     names = {flag.field: flag.name for flag in flags if flag.field != flag.name}
     assert names == {

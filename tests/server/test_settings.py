@@ -159,8 +159,11 @@ def test_every_flag_of_the_engine_is_a_setting_with_the_same_bounds() -> None:
 
 
 def test_engine_defaults_are_those_of_engine_config() -> None:
-    """Loaded settings give an EngineConfig with its own defaults."""
-    assert load_settings(model="m").engine_config() == EngineConfig(model="m")
+    """Loaded settings give an EngineConfig with its own defaults, and say that nobody has chosen
+    how many sequences may run."""
+    loaded = load_settings(model="m").engine_config()
+    assert loaded == EngineConfig(model="m", lowers_max_num_seqs=True)
+    assert not load_settings(model="m", max_num_seqs=256).engine_config().lowers_max_num_seqs
 
 
 def test_served_names() -> None:

@@ -45,7 +45,7 @@ class LoadedWorker(PagedFakeWorker):
         return self.null_block
 
     def max_num_seqs(self) -> int:
-        return 8
+        return 256
 
     def block_bytes(self) -> int:
         return 16
