@@ -267,7 +267,7 @@ def test_streams_go_on_when_their_engine_is_killed(undisturbed: list[dict[str, A
         begun = threading.Barrier(len(MOVED) + 1)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answers = pool.submit(answers_of, server, begun)
-            begun.wait(30)
+            begun.wait(60)
             children = psutil.Process(server.process.pid).children()
             (engine,) = [one for one in children if ENGINE in one.cmdline()]
             engine.kill()
