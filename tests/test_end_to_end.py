@@ -204,10 +204,10 @@ def test_bad_requests_do_not_affect_a_running_stream(server: Server) -> None:
     server.wait_idle()
 
 
-def test_a_preemption_storm_changes_no_text() -> None:
+def test_a_preemption_storm_changes_no_text(server: Server) -> None:
     prompts = [f"Once upon a time there was a {animal}" for animal in ("fox", "cat", "bear", "owl")]
-    with Server() as roomy:
-        alone = [roomy.greedy(prompt, 150) for prompt in prompts]
+    alone = [server.greedy(prompt, 150) for prompt in prompts]
+    assert server.stats()["preemptions"] == 0
     with (
         Server("--num-gpu-blocks-override", "16", "--max-model-len", "192") as tight,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
@@ -255,14 +255,19 @@ def answers_of(server: Server, begun: threading.Barrier | None = None) -> list[d
         return list(pool.map(read, MOVED))
 
 
-def test_streams_go_on_when_their_engine_is_killed() -> None:
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[dict[str, Any]]:
+    """Return what the streams MOVED say if their engine lives."""
+    return answers_of(server)
+
+
+def test_streams_go_on_when_their_engine_is_killed(undisturbed: list[dict[str, Any]]) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 30}
     with Server() as server:
-        undisturbed = answers_of(server)
         begun = threading.Barrier(len(MOVED) + 1)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answers = pool.submit(answers_of, server, begun)
-            begun.wait(30)
+            begun.wait(60)
             children = psutil.Process(server.process.pid).children()
             (engine,) = [one for one in children if ENGINE in one.cmdline()]
             engine.kill()
@@ -277,9 +282,9 @@ def test_streams_go_on_when_their_engine_is_killed() -> None:
         assert server.greedy("Once upon a time", 5)
 
 
-def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed() -> None:
-    with Server() as alone:
-        expected = answers_of(alone)
+def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed(
+    undisturbed: list[dict[str, Any]],
+) -> None:
     with Server("--data-parallel-size", "2") as server:
         begun = threading.Barrier(len(MOVED) + 1)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -289,7 +294,7 @@ def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed() -> None:
             engines = [one for one in children if ENGINE in one.cmdline()]
             assert len(engines) == 2
             engines[0].kill()
-            assert answers.result() == expected
+            assert answers.result() == undisturbed
         state = server.http.get("/debug/engine").json()
         assert state["health"]["restarts"] == 1 and state["health"]["ready"]
         _check_predictions(server)
