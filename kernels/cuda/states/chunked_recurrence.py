@@ -17,7 +17,7 @@ The first line is a triangular system, (I + L) u = beta (v − e^G k S₀). Henc
 
 Lengths of keys and queries are factors of sums, so that products read the tiles as they are. Rows
 of fewer than MIN_TOKENS tokens go through `gated_recurrence`. Operands are bfloat16 if keys are, or
-else float32 in three passes of the tensor cores; sums, the system and the state are float32.
+else float32 without tensor cores; sums, the system and the state are float32.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
