@@ -29,12 +29,12 @@ from ..tuning import chunk_config
 from .gated_recurrence import check_recurrence, gated_recurrence
 
 MIN_TOKENS = 16
-"""Minimum tokens of a row that takes this form. In fewer, one after the other is as fast."""
+"""Minimum tokens of a row that takes this form. Fewer are expected to be as fast one by one."""
 RELATE_WARPS = 8
 """Warps of the first kernel."""
 LOWEST_LOG = tl.constexpr(-40.0)
 """Log decays are at least this: e^−40 of a state is below the rounding of what follows, and sums of
-64 keep four digits behind the point, whatever a gate says."""
+64 keep three digits behind the point, whatever a gate says."""
 
 
 @triton.jit
@@ -313,8 +313,9 @@ def chunked_recurrence(
     tensors = (query, key, value, log_decay, beta, states)
     rows = (slots, saves, query_start_loc, seq_lens)
     check_recurrence(*tensors, *rows)
-    options = {"scale": scale, "normalise": normalise}
-    out = gated_recurrence(*tensors, *rows, **options, max_tokens=MIN_TOKENS - 1)
+    out = gated_recurrence(
+        *tensors, *rows, scale=scale, normalise=normalise, max_tokens=MIN_TOKENS - 1
+    )
     num_rows, (num_tokens, heads, value_dim) = seq_lens.shape[0], value.shape
     if value.numel() == 0 or num_rows == 0 or num_tokens < MIN_TOKENS:
         return out
