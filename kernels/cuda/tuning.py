@@ -147,11 +147,15 @@ class ChunkConfig(NamedTuple):
 def chunk_config(key_pad: int, dtype: torch.dtype, device: torch.device) -> ChunkConfig:
     """Return how `chunked_recurrence` runs with keys of `key_pad` numbers, operands of `dtype`."""
     if dtype == torch.float32:
-        return ChunkConfig(32, 32, 8, 1)
-    if key_pad > 128:
-        return ChunkConfig(64, 32, 8, 1)
-    # Two chunks in flight need more shared memory than GPUs for desks have.
-    return ChunkConfig(64, 32, 4, 2 if compute_capability(device) in (80, 90, 100, 103) else 1)
+        return ChunkConfig(32, 16, 8, 1)
+    capability = compute_capability(device)
+    if 90 <= capability < 120:
+        num_warps = 4 if capability == 90 and key_pad <= 128 else 8
+        return ChunkConfig(64, 32, num_warps, 2 if key_pad <= 128 else 1)
+    # Operands are in registers too. Only an A100 has shared memory for two chunks in flight.
+    if key_pad <= 128:
+        return ChunkConfig(64, 16, 4, 2 if capability == 80 else 1)
+    return ChunkConfig(32, 32, 8, 1)
 
 
 def expert_config(pairs_per_expert: float, dtype: torch.dtype) -> ProductConfig:

@@ -96,7 +96,7 @@ def compile_kernels(runner: Rehearsal) -> None:
         step = inputs.static_step(1, query_len)
         runner.run_decodes(step, planner.plan_drafts(step.seq_lens, query_len))
         inputs.pad_drafts([], 1)
-    for num_tokens in (2, 24, 48, 256):
+    for num_tokens in sorted({min(size, inputs.max_num_tokens) for size in (2, 24, 48, 256)}):
         runner.run_prompts(num_tokens, 1)
     if (adapters := _adapters_of(runner)) is not None:
         adapters.rehearse(active=True)

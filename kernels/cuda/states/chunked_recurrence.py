@@ -17,7 +17,7 @@ The first line is a triangular system, (I + L) u = beta (v − e^G k S₀). Henc
 
 Lengths of keys and queries are factors of sums, so that products read the tiles as they are. Rows
 of fewer than MIN_TOKENS tokens go through `gated_recurrence`. Operands are bfloat16 if keys are, or
-else float32 in three passes of the tensor cores; sums, the system and the state are float32.
+else float32 without tensor cores; sums, the system and the state are float32.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -29,12 +29,12 @@ from ..tuning import chunk_config
 from .gated_recurrence import check_recurrence, gated_recurrence
 
 MIN_TOKENS = 16
-"""Minimum tokens of a row that takes this form. In fewer, one after the other is as fast."""
+"""Minimum tokens of a row that takes this form. Fewer are expected to be as fast one by one."""
 RELATE_WARPS = 8
 """Warps of the first kernel."""
 LOWEST_LOG = tl.constexpr(-40.0)
 """Log decays are at least this: e^−40 of a state is below the rounding of what follows, and sums of
-64 keep four digits behind the point, whatever a gate says."""
+64 keep three digits behind the point, whatever a gate says."""
 
 
 @triton.jit

@@ -165,8 +165,7 @@ def gated_recurrence(
 
     Arguments are as in `reference_states.gated_recurrence`, with states in float32. Rows of more
     than `max_tokens` tokens are left alone and get zeros. The computation is in float32 and rounded
-    once. Raises ValueError on shapes, dtypes, layouts or devices that do
-    not fit.
+    once. Raises ValueError on shapes, dtypes, layouts or devices that do not fit.
     """
     check_recurrence(
         query, key, value, log_decay, beta, states, slots, saves, query_start_loc, seq_lens

@@ -125,6 +125,19 @@ def test_products_read_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int
     assert dots(ptx) == ("wgmma" if arch == 90 and "of 1 row" not in name else "mma.sync")
 
 
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if "in chunks" in name])
+def test_states_pass_through_chunks_in_tensor_cores(name: str, arch: int) -> None:
+    """A chunk of 64 tokens takes wgmma where there is any, whose registers nothing overwrites."""
+    _, *kernels = compiled(name, arch)
+    assert [kernel.name for kernel in kernels] == ["_relate_tokens_kernel", "_pass_chunks_kernel"]
+    for kernel in kernels:
+        assert dots(kernel.ptx) == ("wgmma" if arch == 90 else "mma.sync")
+        assert widest_load(kernel.ptx) == 16
+        if arch == 90:
+            assert early_writes(disassemble(kernel.cubin)) == []
+
+
 @pytest.mark.parametrize("name", ["decode 32/8 heads, dim 128, block 16, fp8"])
 def test_float8_reaches_the_tensor_cores_as_float16_does(name: str) -> None:
     """Matrices are read out of shared memory whole, and no byte by itself, if both tiles fit."""

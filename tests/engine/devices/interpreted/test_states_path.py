@@ -1,9 +1,10 @@
 """Compare models whose layers keep a state, on the CUDA path and its Triton kernels, with
-transformers: prompts in chunks beside decodes, then the same ones from their snapshots."""
+transformers: a prompt in chunks beside a decode, then the same prompt from its snapshot."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,22 +17,33 @@ from ...worker_driver import make_prompts
 from ..cuda_on_cpu import interpreted
 
 
+def two_layers(family: str) -> Any:
+    """Return the configuration of a small model: a layer with a state, then one with attention
+    whose heads the kernels take."""
+    config = FAMILIES[family]()
+    config.layer_types = ["linear_attention", "full_attention"]
+    config.num_hidden_layers = config.num_attention_heads = 2
+    config.num_key_value_heads = 1
+    return config
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "granite_4_h"])
 def test_prompts_in_chunks_match_transformers(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 75 tokens takes two steps, each of which has the recurrence in chunks."""
+    """The prompt of 55 tokens takes two steps, the first of them captured, both in chunks."""
     monkeypatch.setattr(decode_schedule, "DEFAULT_NUM_SMS", 2)
-    model = build_model(FAMILIES[family]())
+    model = build_model(two_layers(family))
     model.save_pretrained(tmp_path)
     reference = Reference(model)
-    backend = interpreted(sizes=[2], mixed=[32])
-    engine = Engine(tmp_path, backend, max_num_batched_tokens=64, max_num_seqs=4)
-    for _ in range(2):
-        requests = [engine.add(prompt, 3) for prompt in make_prompts([75, 5, 41])]
+    backend = interpreted(sizes=[1], mixed=[34])
+    engine = Engine(tmp_path, backend, max_num_batched_tokens=34, max_num_seqs=2)
+    short, long = make_prompts([2, 55])
+    for prompts in ([short, long], [long]):
+        requests = [engine.add(prompt, 2) for prompt in prompts]
         engine.run()
         for request in requests:
-            expected = reference.complete(list(request.prompt_token_ids), 3)
+            expected = reference.complete(list(request.prompt_token_ids), 2)
             assert engine.tokens(request) == expected
     assert engine.core.stats().prefix_hits > 0
     assert backend.reruns.num_replays > 1
