@@ -37,11 +37,13 @@ class PlannedLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The plans of all layouts for one load. `error` is that of the calibration's fit."""
+    """The plans of all layouts for one load. `error` is that of the calibration's fit, and
+    `stretch` says how many times as long as alone steps take in a server, if that was measured."""
 
     model: str
     device: str
     error: float | None
+    stretch: float | None
     front: Front
     front_source: FrontSource
     bounds: tuple[Bound, ...]
@@ -103,6 +105,7 @@ def make_plan(
         model=model,
         device=calibration.device if calibration else "",
         error=calibration.mean_error if calibration else None,
+        stretch=calibration.serving.stretch if calibration and calibration.serving else None,
         front=front,
         front_source=front_source,
         bounds=bounds,
@@ -117,6 +120,8 @@ def render(plan: Plan, workload: str) -> str:
     times = ", ".join(sorted(sources))
     if plan.error is not None:
         times += f" ({plan.error:.1%} error of the fit)"
+    if plan.stretch is not None:
+        times += f", {plan.stretch:.2f} times as long in a server"
     goal = ", ".join(map(str, plan.bounds)) or "that requests do not pile up"
     lines = [f"{plan.model} · {workload} · step times: {times}", _front(plan), f"goal: {goal}", ""]
     head = ("tp × engines", "GPUs", "max req/s", "TTFT p50/p90/p99", "ITL p50/p99", "tok/s/GPU")
@@ -248,6 +253,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "device": plan.device or None,
         "fit_error": plan.error,
+        "stretch": plan.stretch,
         "front": {
             "source": plan.front_source,
             "processes": plan.front.workers,
