@@ -235,8 +235,9 @@ def answers_of(server: Server, begun: threading.Barrier | None = None) -> list[d
         body = {"model": MODEL, "prompt": "Once", "stream": True, "ignore_eos": True} | fields
         said: dict[str, Any] = {}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
-            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
-            for number, line in enumerate(lines):
+            # A restart of the engine may take so long that comments keep the stream open.
+            lines = (line for line in response.iter_lines() if line.startswith("data: "))
+            for number, line in enumerate(line.removeprefix("data: ") for line in lines):
                 if number == 3 and begun is not None:
                     begun.wait()
                 if line == "[DONE]":
