@@ -249,9 +249,6 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode 16 heads, latents 512 + 64": lambda: decode((16, 1, 576), 16, value_width=512),
     "decode 20 heads, latents 512 + 64": lambda: decode((20, 1, 576), 16, value_width=512),
     "decode 128 heads, latents 512 + 64": lambda: decode((128, 1, 576), 16, value_width=512),
-    "cascade 16 heads, latents 512 + 64": lambda: decode(
-        (16, 1, 576), 16, cascade=True, value_width=512
-    ),
     "write latents 512 + 64": write_latents,
     "write K and V": lambda: write(False),
     "write K and V, fp8": lambda: write(False, E4M3),
