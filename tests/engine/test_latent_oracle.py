@@ -190,7 +190,9 @@ def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
             assert entry.logprob == pytest.approx(want[position - 1, token].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("config", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"quantization": "int8"}, {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}]
+)
 def test_small_numbers_decode_as_the_sequence_alone(
     glm: tuple[Path, Reference], config: dict[str, Any]
 ) -> None:
@@ -200,7 +202,8 @@ def test_small_numbers_decode_as_the_sequence_alone(
     wanted = prompts(12)
     requests = [crowd.add(prompt, 12) for prompt in wanted]
     crowd.run()
-    assert crowd.worker._runner._kv_cache.dtype == torch.float16
+    dtype = getattr(torch, settings["kv_cache_dtype"])
+    assert crowd.worker._runner._kv_cache.dtype == dtype
     assert crowd.core.info.kv_bytes_per_token == 2 * WIDTH * 2
     for request, prompt in zip(requests, wanted, strict=True):
         assert crowd.tokens(request) == alone.complete(prompt, 12)
