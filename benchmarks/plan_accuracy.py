@@ -40,7 +40,7 @@ from quire.engine.plan.front import Front
 from quire.engine.plan.layout import Hardware, Layout, runner
 from quire.engine.plan.planned_fleet import FleetRun, PlannedRequest
 from quire.server.bench.dataset import DatasetOptions, arrival_times, build_workload
-from quire.server.bench.plan_report import describe_messages, describe_serving
+from quire.server.bench.plan_report import describe_calibration
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 """Rates, as shares of the planned capacity."""
@@ -231,8 +231,7 @@ def main() -> int:
         calibration = load_calibration(path)
         options.vocab_size = calibration.shape.vocab_size
         assert calibration.serving is not None, "the calibration has no --http"
-        print(describe_messages(calibration.messages))
-        print(describe_serving(calibration.serving))
+        print(describe_calibration(calibration))
         front = Front(calibration.serving.front(with_client=True))
         hardware = Hardware(
             shape=calibration.shape, calibration=calibration, messages=calibration.messages

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from statistics import median
 
 from ..core.engine_core import EngineCore
+from ..network.loopback import LoopbackSocket
 from ..process import wire
-from ..process.loopback import EngineSocket
 from ..process.private_folder import private_folder
 from ..request import Request
 from .planned_engine import MessageTimes
@@ -25,22 +25,24 @@ def measure_messages(
     reading: list[float] = []
     between: list[float] = []
     with private_folder() as folder:
-        socket = EngineSocket(f"ipc://{folder / 'engine'}")
+        socket = LoopbackSocket(f"ipc://{folder / 'engine'}")
         try:
             for request in requests:
-                socket.add(request)
-                socket.wait()
+                socket.send(wire.encode(wire.Add.sent(request, time.monotonic())))
                 # 1. A request is read and added. The steps between have displaced this code from
                 #    the processor's caches, as they do in a server.
                 begin = clock()
-                for one in socket.read():
-                    core.add_request(one)
+                for data in socket.read():
+                    message = wire.decode_to_engine(data)
+                    assert isinstance(message, wire.Add)
+                    core.add_request(message.received(time.monotonic()))
                 reading.append(clock() - begin)
                 # 2. Steps are answered, and the socket is looked at before the next one.
                 while core.has_work:
                     step = core.step()
                     begin = clock()
-                    socket.answer(wire.StepMessage(step.outputs, step.stats, 0, None))
+                    answer = wire.StepMessage(step.outputs, step.stats, 0, None)
+                    socket.answer(wire.encode(answer))
                     socket.read()
                     between.append(clock() - begin)
         finally:

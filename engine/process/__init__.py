@@ -20,7 +20,6 @@ Reading order:
     json_logs        the log as JSON, and libraries' logs, for this process and the server's
     heap             memory housekeeping after the start
     private_folder   the folder of the engine's socket
-    loopback         both ends of such a socket in one process, to measure messages
 
 It may import events and the words of the engine (the modules directly in `engine`). The engine's
 process also imports core, runner and devices, lazily, in `build_core`.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...engine.plan.calibration import Calibration
 from ...engine.plan.capacity import Bound, Capacity, highest_rate, limit_of
 from ...engine.plan.front import Front, FrontSource
 from ...engine.plan.layout import Hardware, Layout, Source, WorkloadAt, runner
@@ -36,11 +37,13 @@ class PlannedLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The plans of all layouts for one load. `error` is that of the calibration's fit."""
+    """The plans of all layouts for one load. `error` is that of the calibration's fit, and
+    `stretch` says how many times as long as alone steps take in a server, if that was measured."""
 
     model: str
     device: str
     error: float | None
+    stretch: float | None
     front: Front
     front_source: FrontSource
     bounds: tuple[Bound, ...]
@@ -102,6 +105,7 @@ def make_plan(
         model=model,
         device=calibration.device if calibration else "",
         error=calibration.mean_error if calibration else None,
+        stretch=calibration.serving.stretch if calibration and calibration.serving else None,
         front=front,
         front_source=front_source,
         bounds=bounds,
@@ -116,6 +120,8 @@ def render(plan: Plan, workload: str) -> str:
     times = ", ".join(sorted(sources))
     if plan.error is not None:
         times += f" ({plan.error:.1%} error of the fit)"
+    if plan.stretch is not None:
+        times += f", {plan.stretch:.2f} times as long in a server"
     goal = ", ".join(map(str, plan.bounds)) or "that requests do not pile up"
     lines = [f"{plan.model} · {workload} · step times: {times}", _front(plan), f"goal: {goal}", ""]
     head = ("tp × engines", "GPUs", "max req/s", "TTFT p50/p90/p99", "ITL p50/p99", "tok/s/GPU")
@@ -144,16 +150,33 @@ def _front(plan: Plan) -> str:
     )
 
 
-def describe_messages(times: MessageTimes) -> str:
-    """Return what was measured of an engine's messages, as a line for a terminal."""
+def describe_calibration(calibration: Calibration) -> str:
+    """Return what was measured, as lines for a terminal."""
+    times = calibration.times
+    lines = [
+        f"{len(calibration.points)} kinds of steps of {calibration.model} on "
+        f"{calibration.device}, {calibration.dtype}",
+        f"launch and weights {times.base * 1e3:.3f} ms; µs for each token {times.token * 1e6:.2f} "
+        f"(and {times.over * 1e6:.2f} beyond {times.knee}), row {times.row * 1e6:.2f}, token of "
+        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}, token that "
+        f"the step before had more {times.cold * 1e6:.3f}",
+        f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
+        "at most",
+        _messages(calibration.messages),
+    ]
+    if calibration.serving is not None:
+        lines += _serving(calibration.serving)
+    return "\n".join(lines)
+
+
+def _messages(times: MessageTimes) -> str:
     return (
         f"messages: {times.step * 1e6:.0f} µs between two steps, {times.request * 1e6:.0f} µs for "
         "each request that is read there"
     )
 
 
-def describe_serving(times: ServingTimes) -> str:
-    """Return what was measured of a server, as lines for a terminal."""
+def _serving(times: ServingTimes) -> list[str]:
     lines = [
         f"in a server, steps take {times.stretch:.3f} times as long; a request is "
         f"{times.http.latency * 1e3:.2f} ms on its way"
@@ -165,7 +188,7 @@ def describe_serving(times: ServingTimes) -> str:
             f"{one.output * 1e6:.1f}"
         )
     lines.append(f"the fit of HTTP's times is off by {times.error:.1%} on average")
-    return "\n".join(lines)
+    return lines
 
 
 def _row(one: PlannedLayout) -> tuple[str, ...]:
@@ -230,6 +253,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "device": plan.device or None,
         "fit_error": plan.error,
+        "stretch": plan.stretch,
         "front": {
             "source": plan.front_source,
             "processes": plan.front.workers,

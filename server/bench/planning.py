@@ -29,8 +29,7 @@ from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
 from .plan_report import (
     Plan,
-    describe_messages,
-    describe_serving,
+    describe_calibration,
     make_plan,
     panels,
     render,
@@ -213,21 +212,9 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
         serving = fit_serving(*served, shape, times, messages)
         calibration = replace(calibration, serving=serving)
     calibration.save(path)
-    times = calibration.times
-    print(
-        f"\n{len(calibration.points)} kinds of steps of {calibration.model} on "
-        f"{calibration.device}, {calibration.dtype}\n"
-        f"launch and weights {times.base * 1e3:.3f} ms; µs for each token {times.token * 1e6:.2f} "
-        f"(and {times.over * 1e6:.2f} beyond {times.knee}), row {times.row * 1e6:.2f}, token of "
-        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}, token that "
-        f"the step before had more {times.cold * 1e6:.3f}\n"
-        f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
-        f"at most\n{describe_messages(calibration.messages)}"
-    )
-    if calibration.serving is not None:
-        print(describe_serving(calibration.serving))
-        if calibration.serving.stretch > LARGE_STRETCH:
-            print("warning: something else used the machine: calibrate again", file=sys.stderr)
+    print(f"\n{describe_calibration(calibration)}")
+    if calibration.serving is not None and calibration.serving.stretch > LARGE_STRETCH:
+        print("warning: something else used the machine: calibrate again", file=sys.stderr)
     print(f"calibration: {path}")
     if calibration.num_left:
         print(f"warning: no time for {calibration.num_left} kinds of many rows", file=sys.stderr)

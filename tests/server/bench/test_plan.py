@@ -70,7 +70,9 @@ def test_a_plan_on_the_terminal(
     flags = ("--http-workers", "3", "--plot", str(plot))
     code = plan("--calibration", calibration, *LOAD, *goal, *layouts, *flags)
     text = capsys.readouterr().out
-    assert "tiny · random, 64 in / 8 out · step times: measured (2.1% error of the fit)" in text
+    assert (
+        "tiny · random, 64 in / 8 out · step times: measured (2.1% error of the fit), 1.00" in text
+    )
     assert "HTTP: measured, 3 processes; ms for each request 2.00 (and 1.00 on its way)" in text
     assert ", HTTP " in text
     assert "goal: TTFT p50 ≤ 60 ms, ITL p99 ≤ 80 ms" in text
