@@ -18,7 +18,6 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v32 import DeepseekV32Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import StartupError, UnsupportedModelError
@@ -40,12 +39,12 @@ from .worker_driver import load, make_config
 
 WIDTH = 48
 """Numbers of a token and layer in the cache: a latent of 32, and 16 that are rotated."""
+SMALL: dict[str, Any] = {"num_blocks": 14, "max_num_batched_tokens": 24}
+"""Prompts are chunked, and sequences preempted."""
 MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
     "chunked": {"max_num_batched_tokens": 16},
     "preempted": {"num_blocks": 14, "max_num_batched_tokens": 64},
-}
-OTHER_MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
     "preempted-uncached": {"num_blocks": 14, "enable_prefix_caching": False},
     "preempted-ahead": {"async_scheduling": True, "num_blocks": 14, "max_num_batched_tokens": 64},
     "blocks-of-64": {"block_size": 64, "num_blocks": 64, "max_num_batched_tokens": 40},
@@ -70,9 +69,9 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
     return folder, Reference(model)
 
 
-def make_engine(folder: Path, backend: Backend | None = None, **config: Any) -> Engine:
+def make_engine(folder: Path, **config: Any) -> Engine:
     """Start an engine in whose cache nothing is a number."""
-    engine = Engine(folder, backend, **config)
+    engine = Engine(folder, **config)
     cache = engine.worker._runner._kv_cache
     assert cache.shape[1:2] + cache.shape[3:4] + cache.shape[5:] == (1, 1, WIDTH)
     cache.fill_(torch.nan)
@@ -90,18 +89,17 @@ def check(engine: Engine, reference: Reference, count: int) -> None:
     assert (engine.core.stats().prefix_hits > 0) == engine.config.enable_prefix_caching
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str) -> None:
+def test_greedy_tokens_equal_generate(family: tuple[Path, Reference]) -> None:
     folder, reference = family
-    engine = make_engine(folder, **MODES[mode])
-    check(engine, reference, 16)
-    assert (engine.core.stats().preemptions > 0) == (mode == "preempted")
+    engine = make_engine(folder, **SMALL)
+    check(engine, reference, 12)
+    assert engine.core.stats().preemptions > 0
 
 
-@pytest.mark.parametrize("mode", OTHER_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_other_schedules_equal_generate(glm: tuple[Path, Reference], mode: str) -> None:
     folder, reference = glm
-    engine = make_engine(folder, **OTHER_MODES[mode])
+    engine = make_engine(folder, **MODES[mode])
     check(engine, reference, 32)
     stats = engine.core.stats()
     assert (stats.preemptions > 0) == mode.startswith("preempted")
@@ -110,21 +108,21 @@ def test_other_schedules_equal_generate(glm: tuple[Path, Reference], mode: str) 
 
 def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
     folder, reference = family
-    for num_blocks, ahead in ((64, False), (12, True)):  # 12: forks are preempted
-        engine = make_engine(folder, num_blocks=num_blocks, async_scheduling=ahead)
-        prompt = prompts(2, longest=60)[1]
-        request = engine.add(prompt, 40, n=4)
-        engine.run()
-        for choice in range(4):
-            assert engine.tokens(request, choice) == reference.complete(prompt, 40)
-        assert engine.core.stats().blocks_copied > 0
+    engine = make_engine(folder, num_blocks=12, async_scheduling=True)  # forks are preempted
+    prompt = prompts(2, longest=60)[1]
+    request = engine.add(prompt, 40, n=4)
+    engine.run()
+    for choice in range(4):
+        assert engine.tokens(request, choice) == reference.complete(prompt, 40)
+    stats = engine.core.stats()
+    assert stats.blocks_copied > 0 and stats.preemptions > 0
 
 
 def test_beams_equal_generate(glm: tuple[Path, Reference]) -> None:
     folder, reference = glm
     searches = test_beam_oracle.Reference(reference.model)
     engine = make_engine(folder)
-    wanted = list(zip(prompts(3), test_beam_oracle.CASES, strict=False))
+    wanted = list(zip(prompts(2), test_beam_oracle.CASES, strict=False))
     requests = []
     for prompt, case in wanted:
         fields = {**case, "stop_token_ids": searches.stops, "ignore_eos": False}
@@ -192,17 +190,20 @@ def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
             assert entry.logprob == pytest.approx(want[position - 1, token].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("config", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"quantization": "int8"}, {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}]
+)
 def test_small_numbers_decode_as_the_sequence_alone(
     glm: tuple[Path, Reference], config: dict[str, Any]
 ) -> None:
     """Latents are rounded token by token, and all products row by row."""
     settings: dict[str, Any] = {"dtype": "auto", "kv_cache_dtype": "float16"} | config
-    alone, crowd = Engine(glm[0], **settings), Engine(glm[0], **settings, **MODES["preempted"])
+    alone, crowd = Engine(glm[0], **settings), Engine(glm[0], **settings, **SMALL)
     wanted = prompts(12)
     requests = [crowd.add(prompt, 12) for prompt in wanted]
     crowd.run()
-    assert crowd.worker._runner._kv_cache.dtype == torch.float16
+    dtype = getattr(torch, settings["kv_cache_dtype"])
+    assert crowd.worker._runner._kv_cache.dtype == dtype
     assert crowd.core.info.kv_bytes_per_token == 2 * WIDTH * 2
     for request, prompt in zip(requests, wanted, strict=True):
         assert crowd.tokens(request) == alone.complete(prompt, 12)
@@ -273,7 +274,8 @@ def test_decode_graphs_equal_generate(glm: tuple[Path, Reference], drafts: bool)
     folder, reference = glm
     backend = CudaOnCpuBackend(sizes=graph_sizes(6), mixed=[32])
     config: dict[str, Any] = {"speculation": "ngram"} if drafts else {"async_scheduling": True}
-    engine = make_engine(folder, backend, max_num_seqs=6, max_num_batched_tokens=64, **config)
+    # (Rows padded for drafts read slots that were never written, whose zeros count nothing.)
+    engine = Engine(folder, backend, max_num_seqs=6, max_num_batched_tokens=64, **config)
     check(engine, reference, 12)
     assert backend.reruns.num_replays > 15
 
