@@ -83,6 +83,7 @@ def stub_gpu(capability: int, *, compiles: bool) -> Iterator[None]:
     import gpu_experts
     import gpu_lora
     import gpu_products
+    import gpu_states
     import gpu_step_checks
     import gpu_times
 
@@ -98,8 +99,7 @@ def stub_gpu(capability: int, *, compiles: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (
             gpu_attention_checks, gpu_checks, gpu_common, gpu_experts, gpu_lora, gpu_products,
-            gpu_step_checks,
-            gpu_times,
+            gpu_states, gpu_step_checks, gpu_times,
         ):  # fmt: skip
             for name, value in {
                 "DEVICE": "meta", "time_graph": _call_once, "capture": _call_now,
