@@ -198,8 +198,8 @@ def prepare_process(log_level: str, log_format: LogFormat, source: str) -> Quiet
     keeps the log of the start short."""
     quiet = QuietStart(log_format == "console" and log_level == "info")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, too
-    if log_format == "json":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
+    if log_format == "json" or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are no lines of a log
     # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
