@@ -13,6 +13,7 @@ from quire.engine.attention import interface as attention
 from quire.engine.attention.metadata import AttentionMetadata, AttentionPlan
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cuda.attention import CudaPlan
+from quire.engine.layers.attention_shape import AttentionShape
 from quire.kernels import reference
 
 from ..devices.cuda_on_cpu import REFERENCES
@@ -145,7 +146,8 @@ def test_devices_agree_with_the_reference(
         "sinks": batch.sinks if with_sinks else None,
     }
     # With the kernels' references, CUDA's plan shows that the calls are right.
-    cuda_plan = CudaPlan(REFERENCES, {window: None}, None)  # type: ignore[dict-item]
+    shape = AttentionShape(HEADS, KV_HEADS, head_dim, window)
+    cuda_plan = CudaPlan(REFERENCES, {shape: None}, None)  # type: ignore[dict-item]
     metadata = batch.metadata(cuda_plan if device == "cuda" else None)
     caches = metadata.kv_cache[0]
     if device == "cpu":
