@@ -10,10 +10,11 @@ holds for a single sequence only:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # `quire models` reads configurations without torch
+    import torch
+    from torch import nn
 
 CHUNKED = "chunked_attention"
 """transformers' name of layers that attend from the last multiple of a number of tokens on."""
@@ -28,8 +29,8 @@ class Temperature(NamedTuple):
 
     def apply(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Scale query `[1, heads, T, head_dim]` by its positions `[T]`."""
-        steps = torch.floor((positions.float() + 1.0) / self.floor_scale)
-        factors = torch.log1p(steps) * self.scale + 1.0
+        steps = ((positions.float() + 1.0) / self.floor_scale).floor()
+        factors = steps.log1p() * self.scale + 1.0
         return (query * factors[:, None]).to(query.dtype)
 
 

@@ -38,6 +38,7 @@ class Twin:
         write_frame(self._to_child, config)
         self._worker = Worker(config)
         self.load, self.profile = self._worker.load, self._worker.profile
+        self.max_num_seqs = self._worker.max_num_seqs
         self.plans: list[SchedulerOutput] = []
         self.num_constrained = 0
         self.failures: list[Any] = []
