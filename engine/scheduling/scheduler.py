@@ -56,7 +56,6 @@ class Scheduler:
         Without `adapters` no request can have one; without a `speculator` there are no drafts."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = make_policy(policy)
         self._roster = Roster(adapters)
         self._clock = clock

@@ -48,7 +48,7 @@ class StepBudget:
 
     def __init__(self, max_tokens: int, smallest: int) -> None:
         """`smallest` is the number of tokens below which a step is not made smaller."""
-        self.tokens = self._max_tokens = max_tokens
+        self.tokens = self.max_tokens = max_tokens
         self._smallest = smallest
         self._growth = Hold()
         self._admission = Hold()
@@ -73,7 +73,7 @@ class StepBudget:
     def succeeded(self) -> None:
         """Note that a step found memory enough."""
         if not self._growth.steps:
-            self.tokens = min(self.tokens * 2, self._max_tokens)
+            self.tokens = min(self.tokens * 2, self.max_tokens)
         self._growth.succeeded()
         self._admission.succeeded()
 

@@ -82,7 +82,7 @@ class StepPlanner:
                 plan.table_changes.append(change)
         # 4. The sources of this step's copies may be reused by the next step.
         self._block_manager.end_step()
-        # 4. States: what forks and prefixes copy, and which snapshots the rows take.
+        # 5. States: what forks and prefixes copy, and which snapshots the rows take.
         if (states := self._block_manager.states) is not None:
             plan.state_saves.extend(states.plan_saves(step, plan.rows, plan.starts, plan.counts))
             plan.state_copies.extend(states.take_copies())

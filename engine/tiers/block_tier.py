@@ -260,11 +260,9 @@ class BlockTier:
     def _removed(self, own_hash: bytes) -> None:
         """Tell whoever follows the blocks of the first group that one is gone, unless the pool
         still has it."""
-        index = self._manager.pool.index
-        is_followed = index.recorder is not None and is_first_group(own_hash)
-        if is_followed and index.lookup(own_hash) is None:
-            assert index.recorder is not None
-            index.recorder.removed(own_hash)
+        index, recorder = self._manager.pool.index, self._manager.pool.index.recorder
+        if recorder is not None and is_first_group(own_hash) and index.lookup(own_hash) is None:
+            recorder.removed(own_hash)
 
     # -- loads -----------------------------------------------------------------------------
 

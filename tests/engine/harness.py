@@ -201,7 +201,7 @@ class Harness:
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler
-        assert scheduler.stats().step_tokens <= scheduler.max_num_batched_tokens
+        assert scheduler.stats().step_tokens <= scheduler.budget.max_tokens
         self.manager.check_integrity(scheduler.running)
         if self.tier is not None:
             self.tier.host.check_integrity()
