@@ -125,20 +125,24 @@ def check_cache(
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     if value_width is not None:
         require(num_kv_heads == 1, f"latents have one kv head, not {num_kv_heads}")
-        require(
-            value_width & (value_width - 1) == 0 and 16 <= value_width <= 512,
-            f"value_width must be a power of two from 16 to 512, not {value_width}",
-        )
-        rest = head_dim - value_width
-        require(
-            rest % 8 == 0 and 16 <= rest <= 64,
-            f"head_dim - value_width must be a multiple of 8 from 16 to 64, not {rest}",
-        )
+        if (obstacle := obstacle_of_latents(value_width, head_dim)) is not None:
+            raise ValueError(obstacle)
     elif head_dim % 8 or not 16 <= head_dim <= 512:
         raise ValueError(f"head_dim must be a multiple of 8 from 16 to 512, not {head_dim}")
     if block_size & (block_size - 1) or not 16 <= block_size <= 256:
         raise ValueError(f"block_size must be a power of two from 16 to 256, not {block_size}")
     return num_kv_heads, block_size, head_dim
+
+
+def obstacle_of_latents(value_width: int, head_dim: int) -> str | None:
+    """Return why the attention kernels do not take latents of `head_dim` numbers whose first
+    `value_width` are the values; None if they do."""
+    if value_width & (value_width - 1) or not 16 <= value_width <= 512:
+        return f"value_width must be a power of two from 16 to 512, not {value_width}"
+    rest = head_dim - value_width
+    if rest % 8 or not 16 <= rest <= 64:
+        return f"head_dim - value_width must be a multiple of 8 from 16 to 64, not {rest}"
+    return None
 
 
 def check_attention(

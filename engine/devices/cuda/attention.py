@@ -91,9 +91,6 @@ class CudaPlan(NamedTuple):
         scale: float,
         value_width: int,
     ) -> torch.Tensor:
-        """Write latents `[T, width]` to their slots, then attend with query `[T, num_heads, width]`
-        → `[T, num_heads, value_width]`: the first `value_width` numbers of a latent are its value.
-        cache is one layer's `[1, num_blocks, 1, block_size, width]`."""
         (key_cache,) = cache
         self.kernels.reshape_and_cache(
             latents[:, None], None, key_cache, None, metadata.slot_mapping, value_width=value_width

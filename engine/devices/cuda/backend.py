@@ -14,6 +14,7 @@ import triton
 from torch import nn
 from triton.errors import TritonError
 
+from ....kernels.checks import obstacle_of_latents
 from ....kernels.cuda.dependent_launch import OLDEST_CAPABILITY
 from ....kernels.cuda.tuning import decode_rows
 from ....kernels.device_copy import to_device
@@ -112,13 +113,11 @@ class CudaBackend:
         raise AssertionError("check_quantization has refused it")
 
     def check_latents(self, heads: LatentHeads, architecture: str) -> None:
-        rank, rope_dim, *_ = heads
-        is_power = rank & (rank - 1) == 0
-        if not (is_power and 16 <= rank <= 512 and rope_dim % 8 == 0 and 16 <= rope_dim <= 64):
+        if obstacle_of_latents(heads.rank, heads.width) is not None:
             raise UnsupportedModelError(
-                f"{architecture}: its latents of {rank} numbers and {rope_dim} rotated ones run on "
-                "the CPU only: a GPU's kernels take a power of two from 16 to 512, and a multiple "
-                "of 8 from 16 to 64"
+                f"{architecture}: its latents of {heads.rank} numbers and {heads.rope_dim} rotated "
+                "ones run on the CPU only: a GPU's kernels take a power of two from 16 to 512, and "
+                "a multiple of 8 from 16 to 64"
             )
 
     def check_deterministic(self) -> None:
