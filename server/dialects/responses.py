@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import structlog
@@ -19,7 +18,7 @@ from ...engine.errors import InvalidRequestError, RequestTimeoutError
 from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
 from ..api.translation import Event, event_of, renamed, without_effect
-from ..api.whole_answers import in_thread_if, is_large, json_of, size_of
+from ..api.whole_answers import json_of, size_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Key, ResponseStore, Running, Stored
@@ -38,9 +37,9 @@ from .responses_body import (
     NAMES,
     InputTokensBody,
     ResponseBody,
-    chat_of,
     items_of,
     read_body,
+    read_chat,
 )
 from .responses_events import ResponseWriter
 from .responses_items import with_ids
@@ -179,8 +178,7 @@ class ResponseRun:
         store = _is_stored(body, enabled=state.responses.enabled)
         previous = previous_items(request, body)
         resolve_references(request, body)
-        large = is_large(previous) or is_large(body.input)
-        chat_body, tools = await in_thread_if(large, partial(chat_of, body, previous, ignored))
+        chat_body, tools = await read_chat(body, previous, ignored)
         with renamed(NAMES):
             capped = not state.settings.strict
             chat = await Chat.start(

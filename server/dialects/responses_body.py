@@ -203,13 +203,18 @@ def items_of(body: InputTokensBody) -> list[dict[str, Any]]:
     return items
 
 
-def chat_of(
+async def read_chat(
     body: InputTokensBody, previous: Sequence[dict[str, Any]], ignored: Ignored
 ) -> tuple[ChatBody, Tools]:
-    """Return the chat of the items of `previous` and of `body`, and its tools.
+    """Return the chat of the items of `previous` and of `body`, and its tools. Large ones are read
+    in a thread. Raises InvalidRequestError."""
+    large = is_large(previous) or is_large(body.input)
+    return await in_thread_if(large, lambda: _chat_of(body, previous, ignored))
 
-    Raises InvalidRequestError.
-    """
+
+def _chat_of(
+    body: InputTokensBody, previous: Sequence[dict[str, Any]], ignored: Ignored
+) -> tuple[ChatBody, Tools]:
     tools = Tools(ignored)
     tools.add(body.tools or (), ("tools",))
     reader = ItemReader(tools, ignored)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
 from ..api.translation import count_tokens
-from ..api.whole_answers import in_thread_if, is_large, json_of
+from ..api.whole_answers import json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Running
@@ -32,7 +31,14 @@ from ..http.route_docs import (
 from ..http.sse import run_until_disconnect
 from ..requests.state import state_of
 from .responses import ResponseRun, found_response, previous_items, resolve_references
-from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, items_of, read_body
+from .responses_body import (
+    NAMES,
+    InputTokensBody,
+    ResponseBody,
+    items_of,
+    read_body,
+    read_chat,
+)
 from .responses_items import with_ids
 from .sealed import seal
 
@@ -120,8 +126,7 @@ async def count_input_tokens(request: Request) -> Response:
         return answer
     previous = previous_items(request, body)
     resolve_references(request, body)
-    large = is_large(previous) or is_large(body.input)
-    chat, _ = await in_thread_if(large, partial(chat_of, body, previous, ignored))
+    chat, _ = await read_chat(body, previous, ignored)
     number, unread = await count_tokens(state, chat, NAMES)
     answer_body = {"object": "response.input_tokens", "input_tokens": number}
     return JSONResponse(answer_body, headers=ignored_header(ignored.names + unread))
