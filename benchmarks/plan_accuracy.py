@@ -61,9 +61,6 @@ def workload(
             num_prompts=count,
             input_len=options.input_len,
             output_len=options.output_len,
-            range_ratio=0.0,
-            prefix_len=0,
-            trace_file=None,
             vocab_size=options.vocab_size,
             seed=seed,
         )

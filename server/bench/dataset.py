@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,11 +67,27 @@ class DatasetOptions(NamedTuple):
     num_prompts: int
     input_len: int
     output_len: int
-    range_ratio: float
-    prefix_len: int
-    trace_file: Path | None
     vocab_size: int | None
     seed: int
+    range_ratio: float = 0.0
+    prefix_len: int = 0
+    trace_file: Path | None = None
+
+
+def dataset_options(arguments: argparse.Namespace, vocab_size: int | None) -> DatasetOptions:
+    """Return the dataset that the arguments ask for; see DatasetOptions for `vocab_size`."""
+    a = arguments
+    return DatasetOptions(
+        name=a.dataset_name,
+        num_prompts=a.num_prompts,
+        input_len=a.random_input_len,
+        output_len=a.random_output_len,
+        range_ratio=a.random_range_ratio,
+        prefix_len=a.prefix_len,
+        trace_file=a.trace_file,
+        vocab_size=vocab_size,
+        seed=a.seed,
+    )
 
 
 def build_workload(options: DatasetOptions) -> Workload:

@@ -15,7 +15,7 @@ import msgspec
 
 from ...engine.errors import ConfigurationError, StartupError
 from ..about import quire_version
-from .dataset import DatasetOptions, Workload, arrival_times, build_workload
+from .dataset import DatasetOptions, Workload, arrival_times, build_workload, dataset_options
 from .http import HttpClient
 from .load import LoadGenerator, ask
 from .report import BenchResult, RunRecords, RunReport, summarise, table, warnings
@@ -123,22 +123,6 @@ def make_client(base_url: str) -> HttpClient:
         return HttpClient(base_url.rstrip("/").removesuffix("/v1"), headers)
     except ValueError as error:
         raise ConfigurationError(f"--base-url: {error}") from error
-
-
-def dataset_options(arguments: argparse.Namespace, vocab_size: int | None) -> DatasetOptions:
-    """Return the dataset that the arguments ask for; see DatasetOptions for `vocab_size`."""
-    a = arguments
-    return DatasetOptions(
-        name=a.dataset_name,
-        num_prompts=a.num_prompts,
-        input_len=a.random_input_len,
-        output_len=a.random_output_len,
-        range_ratio=a.random_range_ratio,
-        prefix_len=a.prefix_len,
-        trace_file=a.trace_file,
-        vocab_size=vocab_size,
-        seed=a.seed,
-    )
 
 
 async def _run_once(

@@ -26,7 +26,7 @@ from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
 from ...engine.plan.serving import LARGE_STRETCH, fit_serving
 from ..about import install_extra
 from .arguments import add_request_arguments, check_arguments
-from .dataset import DatasetOptions, arrival_times, build_workload
+from .dataset import arrival_times, build_workload, dataset_options
 from .plan_report import (
     Plan,
     describe_calibration,
@@ -269,18 +269,7 @@ def _lengths(a: argparse.Namespace) -> str:
 
 def _workload_at(a: argparse.Namespace, vocab_size: int) -> Callable[[float], list[PlannedRequest]]:
     """Return a function that makes the requests at a rate, the same ones at every rate."""
-    options = DatasetOptions(
-        name=a.dataset_name,
-        num_prompts=a.num_prompts,
-        input_len=a.random_input_len,
-        output_len=a.random_output_len,
-        range_ratio=a.random_range_ratio,
-        prefix_len=a.prefix_len,
-        trace_file=a.trace_file,
-        vocab_size=vocab_size,
-        seed=a.seed,
-    )
-    workload = build_workload(options)
+    workload = build_workload(dataset_options(a, vocab_size))
     prompts = [request.prompt for request in workload.requests]
     if not all(isinstance(prompt, list) for prompt in prompts):
         raise ConfigurationError("a trace for a plan has prompt_len or token ids, not text")

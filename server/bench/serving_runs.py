@@ -206,9 +206,6 @@ class ServerRuns:
                 num_prompts=count,
                 input_len=min(prompt_len, self._longest // 2),
                 output_len=min(output_len, self._longest // 4),
-                range_ratio=0.0,
-                prefix_len=0,
-                trace_file=None,
                 vocab_size=self._vocab_size,
                 seed=self._seed,
             )
