@@ -28,8 +28,8 @@ from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
 from .models import CHUNK, MAX_POSITION, llama4
 from .parallel.thread_ranks import ParallelEngine
-from .test_groups_oracle import MODES, SMALL, make_engine, wanted
-from .test_oracle import Engine, Reference
+from .test_groups_oracle import MODES, SMALL, check, make_engine, wanted
+from .test_oracle import Reference
 
 GROUPS = (None, -CHUNK, -CHUNK)
 
@@ -53,13 +53,6 @@ def shape(
     model = models.build_model(llama4(**SHAPES[request.param]))
     model.save_pretrained(folder)
     yield folder, Reference(model)
-
-
-def check(engine: Engine, reference: Reference, count: int = 8) -> None:
-    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted(count)]
-    engine.run()
-    for request, (prompt, max_tokens) in zip(requests, wanted(count), strict=True):
-        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -115,6 +115,14 @@ def wanted(count: int = 8) -> list[tuple[list[int], int]]:
     return made
 
 
+def check(engine: Engine, reference: Reference, count: int = 8) -> None:
+    """Run `wanted` requests at once, and compare their tokens with the reference's."""
+    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted(count)]
+    engine.run()
+    for request, (prompt, max_tokens) in zip(requests, wanted(count), strict=True):
+        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_tokens_equal_generate(shape: tuple[str, Path, Reference], mode: str) -> None:
     """Eight requests run at once, then again with what is left of their prefixes."""
@@ -122,10 +130,7 @@ def test_greedy_tokens_equal_generate(shape: tuple[str, Path, Reference], mode: 
     engine = make_engine(folder, **MODES[mode])
     assert len(engine.core.info.group_windows) == GROUPS[name]
     for _ in range(2):
-        requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted()]
-        engine.run()
-        for request, (prompt, max_tokens) in zip(requests, wanted(), strict=True):
-            assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+        check(engine, reference)
     stats = engine.core.stats()
     assert (stats.preemptions > 0) == mode.startswith("preempted")
     if not mode.startswith("preempted"):
@@ -153,10 +158,7 @@ def test_decode_graphs_equal_generate(shape: tuple[str, Path, Reference]) -> Non
     engine = make_engine(
         folder, backend, async_scheduling=True, max_num_seqs=6, max_num_batched_tokens=64
     )
-    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted()]
-    engine.run()
-    for request, (prompt, max_tokens) in zip(requests, wanted(), strict=True):
-        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+    check(engine, reference)
     assert backend.reruns.num_replays > 15
 
 
@@ -181,20 +183,14 @@ def test_layers_with_other_heads_equal_generate(gemma: tuple[Path, Reference], m
     folder, reference = gemma
     engine = make_engine(folder, **MODES[mode])
     for _ in range(2):
-        requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted(5)]
-        engine.run()
-        for request, (prompt, max_tokens) in zip(requests, wanted(5), strict=True):
-            assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+        check(engine, reference, 5)
 
 
 def test_layers_with_other_heads_in_graphs_equal_generate(gemma: tuple[Path, Reference]) -> None:
     folder, reference = gemma
     backend = CudaOnCpuBackend(sizes=graph_sizes(4))
     engine = make_engine(folder, backend, max_num_seqs=4, max_num_batched_tokens=64)
-    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted(5)]
-    engine.run()
-    for request, (prompt, max_tokens) in zip(requests, wanted(5), strict=True):
-        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+    check(engine, reference, 5)
     assert backend.reruns.num_replays > 15
 
 

@@ -6,7 +6,6 @@ makes those into the queries and outputs.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v32 import DeepseekV32Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import StartupError, UnsupportedModelError
 from quire.engine.layers.latent_heads import LatentHeads
@@ -34,7 +32,14 @@ from .checkpoints.test_quantized_checkpoint import PlainBackend
 from .devices.cuda_on_cpu import CudaOnCpuBackend
 from .speculation.drafters import FreeDrafts
 from .test_beam_oracle import MAX_TOKENS
-from .test_oracle import Engine, Reference, prompts, round_layers
+from .test_oracle import (
+    Engine,
+    Reference,
+    prompts,
+    prompts_with_a_stem,
+    round_layers,
+    shared_by_tiles,
+)
 from .worker_driver import load, make_config
 
 WIDTH = 48
@@ -153,18 +158,7 @@ def test_reading_a_shared_prefix_once_equals_generate(
     glm: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
     folder, reference = glm
-    shared = []
-    cut = CpuPlanner.cut
-
-    def keep(planner: CpuPlanner, *arguments: Any) -> CpuPlan:
-        made = cut(planner, *arguments)
-        shared.append(int(made.tiles[:, 2].max(initial=0)))
-        return made
-
-    monkeypatch.setattr(CpuPlanner, "cut", keep)
-    rng = random.Random(1)
-    stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(140)]
-    wanted = [stem + [3 + i] * (i + 1) for i in range(6)]
+    shared, wanted = shared_by_tiles(monkeypatch), prompts_with_a_stem()
     engine = make_engine(folder, num_threads=num_threads)
     requests = [engine.add(prompt, 30) for prompt in wanted]
     engine.run()

@@ -194,10 +194,15 @@ def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
     assert engine.core.stats().blocks_copied > 0
 
 
-def test_reading_a_shared_prefix_once_equals_generate(
-    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, reference = family
+def prompts_with_a_stem() -> list[list[int]]:
+    """Return six prompts whose first 140 tokens are the same."""
+    rng = random.Random(1)
+    stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(140)]
+    return [stem + [3 + i] * (i + 1) for i in range(6)]
+
+
+def shared_by_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets, for each step on the CPU, the most keys that a tile's rows share."""
     shared = []
     cut = CpuPlanner.cut
 
@@ -207,9 +212,14 @@ def test_reading_a_shared_prefix_once_equals_generate(
         return made
 
     monkeypatch.setattr(CpuPlanner, "cut", keep)
-    rng = random.Random(1)
-    stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(140)]
-    wanted = [stem + [3 + i] * (i + 1) for i in range(6)]
+    return shared
+
+
+def test_reading_a_shared_prefix_once_equals_generate(
+    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, reference = family
+    shared, wanted = shared_by_tiles(monkeypatch), prompts_with_a_stem()
     for disabled in (False, True):
         engine = Engine(folder, disable_cascade_attn=disabled)
         requests = [engine.add(prompt, 30) for prompt in wanted]
