@@ -215,9 +215,10 @@ class Request:
         if needed > num_blocks:
             most = num_blocks * size
             held = longest_that_fits(windows, size, num_blocks, most, step_tokens=step_tokens)
-            beams = "" if params.beam_width is None else f" and {params.beam_width} beams"
+            beams = "" if params.beam_width is None else f" in {params.beam_width} beams"
             what = f"prompt and max_tokens{beams} need" if params.max_tokens else "prompt needs"
             raise PoolTooSmallError(
-                f"{what} more KV cache for {total} tokens than the pool's {held}",
+                f"{what} more KV cache for {total} tokens than there is: {needed} blocks of the "
+                f"pool's {num_blocks}, which hold {held} tokens of one sequence",
                 "max_tokens" if params.max_tokens else "prompt",
             )

@@ -178,10 +178,15 @@ def differences(
         speculation="off",
         **fields,
     )
+    core = EngineCore(quiet, Worker(quiet))
+    expected = alone(core, requests)
     busy = body.config(
-        folder, num_blocks=24, max_num_batched_tokens=40, num_speculative_tokens=5, **fields
+        folder,
+        num_blocks=24 * len(core.info.group_windows),  # each group of layers has its own blocks
+        max_num_batched_tokens=40,
+        num_speculative_tokens=5,
+        **fields,
     )
-    expected = alone(EngineCore(quiet, Worker(quiet)), requests)
     found: Answers = {}
     half = len(requests) // 2
     preemptions = hits = 0

@@ -147,7 +147,7 @@ def test_a_search_that_just_fits_runs_to_its_end() -> None:
         fits |= {"group_windows": (None,), "step_tokens": 256}
         num_blocks = length // 16 + width * (-(-(length + max_tokens - 1) // 16) - length // 16)
         request.check_fits(SimpleNamespace(num_blocks=num_blocks, **fits))
-        with pytest.raises(PoolTooSmallError, match=f"{width} beams"):
+        with pytest.raises(PoolTooSmallError, match=f"{width} beams .*: {num_blocks} blocks"):
             request.check_fits(SimpleNamespace(num_blocks=num_blocks - 1, **fits))
         for prefix_caching in (True, False):
             harness = Harness(num_blocks=num_blocks, prefix_caching=prefix_caching)
