@@ -10,8 +10,9 @@ from typing import Any
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen3 import Qwen3Config
 
+from .. import latent_models, state_models
 from ..lora_models import save_adapter
-from ..models import COMMON, build_model, save_model
+from ..models import COMMON, GEMMA4, build_model, gemma4, llama4, save_model
 from .crowd import Body
 
 WIDER = {
@@ -27,6 +28,14 @@ def _save(config: Callable[[], Any], folder: Path) -> None:
 
 def _family(name: str) -> Callable[[Path], object]:
     return partial(save_model, name)
+
+
+def _with_states(family: str) -> Callable[[Path], object]:
+    return partial(_save, state_models.FAMILIES[family])
+
+
+def _with_latents(family: str) -> Callable[[Path], object]:
+    return lambda folder: latent_models.build(family).save_pretrained(folder)
 
 
 def _with_adapters(family: str, folder: Path) -> None:
@@ -61,6 +70,13 @@ GENERIC = (
     _body("gemma3", _family("gemma3")),
     _body("mixtral", _family("mixtral")),
     _body("gpt_oss", _family("gpt_oss")),
+    _body("llama4", partial(_save, llama4)),
+    _body("gemma4", partial(_save, partial(gemma4, **GEMMA4["shared"]))),
+    _body("qwen3_5, states", _with_states("qwen3_5")),
+    _body("granite_4_h, states", _with_states("granite_4_h")),
+    _body("lfm2, states", _with_states("lfm2")),
+    _body("youtu, latents", _with_latents("youtu")),
+    _body("deepseek_v3, latents", _with_latents("deepseek_v3")),
     _body("qwen3_moe, bfloat16", _family("qwen3_moe"), dtype="bfloat16"),
     _body("qwen3_moe, float16 cache", _family("qwen3_moe"), kv_cache_dtype="float16"),
     _body("qwen3_moe, int8", _family("qwen3_moe"), quantization="int8"),
