@@ -31,12 +31,12 @@ from numba.extending import overload
 
 from .kernel import kernel
 from .numbers import FAST_CALLS, INLINED, LANES, exp, load_scale, prefetch, store, to_float
-from .panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
+from .panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
 from .region import launch
 from .softmax import KEYS, weigh
 
-PREFETCHED = 256
-"""Numbers of the next keys' blocks, and as many of their values', that are fetched ahead."""
+CACHE_LINE = 64
+"""Bytes of a cache line."""
 TILE_ROWS = 48
 """Rows per tile, in prefill and for decodes that share a prefix."""
 _ONLY_PLACE = np.zeros((1, 2), dtype=np.int64)
@@ -244,19 +244,24 @@ def _attend_keys(
     if window != 0:
         low = max(_first_visible(position, window), 0) // KEYS * KEYS
     for origin in range(low, stop, KEYS):
-        # 1. Scores of this tile of keys; the next one's are on their way into the cache.
+        # 1. What comes next, these heads' or the next head's, is on its way into the cache.
+        head, ahead = kv_head, origin + KEYS
+        if ahead >= stop:
+            head, ahead = kv_head + 1, low
+        coming = min(KEYS, stop - ahead) if head < cache.shape[2] else 0
+        _prefetch_keys(cache, 0, head, blocks, ahead, coming, num_rows)
+        # 2. Scores of this tile of keys.
         count = min(KEYS, stop - origin)
-        _prefetch_keys(cache, kv_head, blocks, origin + KEYS, min(KEYS, stop - origin - KEYS))
         _add_scores(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
         _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, 0)
         for row in range(num_rows):
-            # 2. The keys that this row sees: none after its query, none before its window.
+            # 3. The keys that this row sees: none after its query, none before its window.
             place = position + row // group
             least = max(_first_visible(place, window) - origin, 0) if window != 0 else 0
             most = min(place + 1 - origin, count)
             if softcap > 0:
                 _cap(scores[row], softcap)
-            # 3. Online softmax: weights relative to the greatest score so far. If that grows,
+            # 4. Online softmax: weights relative to the greatest score so far. If that grows,
             #    what has been summed up so far shrinks.
             line = begin + row
             greatest, total = weigh(scores, row, least, most, maxima[line])
@@ -267,7 +272,8 @@ def _attend_keys(
                     sums[line, dim] *= shrink
                 maxima[line] = greatest
             totals[line] += total
-        # 4. The values, weighted.
+        # 5. The values, weighted.
+        _prefetch_keys(cache, 1, head, blocks, ahead, coming, num_rows)
         _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, 1)
         _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
 
@@ -280,16 +286,21 @@ def _first_visible(position, window):
 
 
 @njit(**INLINED)
-def _prefetch_keys(cache, kv_head, blocks, origin, count):
-    """Fetch the beginnings of the blocks of `count` keys from `origin`, and of their values. The
-    processor foresees what follows, but cannot guess where a block begins."""
-    kv_heads, block_size, head_dim = cache.shape[2:]
-    for key in range(origin, origin + count, min(block_size, KEYS)):
-        block, offset = divmod(key, block_size)
-        begin = (blocks[block] * kv_heads + kv_head) * block_size * head_dim
-        for line in range(0, min(PREFETCHED, block_size * head_dim), LANES):
-            prefetch(cache, begin + offset + line)
-            prefetch(cache, cache[0].size + begin + offset * head_dim + line)
+def _prefetch_keys(cache, half, kv_head, blocks, origin, count, num_rows):
+    """Fetch `count` keys (half 0) from `origin`, or their values (half 1), in whole blocks.
+
+    With few rows, which wait for memory, each line is asked for as often as a number has bytes: a
+    processor whose queue is full drops what it is asked for.
+    """
+    kv_heads, block_size, width = cache.shape[2:]
+    step = CACHE_LINE // cache.itemsize
+    if num_rows < PANEL_ROWS:
+        step //= cache.itemsize
+    for key in range(origin, origin + count, block_size):
+        block = blocks[key // block_size] * kv_heads + kv_head
+        begin = half * cache[0].size + block * block_size * width
+        for number in range(0, block_size * width, step):
+            prefetch(cache, begin + number)
 
 
 @njit(**INLINED)
@@ -318,9 +329,14 @@ def _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
     scores, sums, lines = rows.scores, rows.sums, rows.places
     kv_heads, block_size, width = cache.shape[2:]
     head_dim = sums.shape[1]
-    for key in range(count):
+    key = 0
+    while key < count:  # a block's lines follow each other; to divide for each key took a fifth
         block, offset = divmod(origin + key, block_size)
-        lines[key] = ((blocks[block] * kv_heads + kv_head) * block_size + offset) * width
+        line = ((blocks[block] * kv_heads + kv_head) * block_size + offset) * width
+        for at in range(key, min(key + block_size - offset, count)):
+            lines[at] = line
+            line += width
+        key += block_size - offset
     whole = head_dim // PANEL_COLUMNS * PANEL_COLUMNS
     for column in range(0, whole, PANEL_COLUMNS):
         first = cache[0].size + column
