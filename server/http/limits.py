@@ -29,7 +29,9 @@ class InFlight:
 
     Sequences that the engine can take into the next step do not count as a queue, so up to
     `max_num_queued_reqs` plus the free part of `max_num_seqs` may be queued. The limit on tokens
-    always admits one request; otherwise a long prompt could never be served.
+    always admits one request of each key; otherwise a long prompt could never be served. A queue
+    that others have filled still admits the requests of a key that has less than its share of the
+    places; so with k keys at most 1 + 1/2 + … + 1/k times as many may wait.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class InFlight:
             raise ShuttingDownError("the server is shutting down", self._settings.shutdown_timeout)
         settings = self._settings
         tokens = num_tokens + -(-num_characters // CHARACTERS_PER_TOKEN)
+        caller = present_caller.get()
         if settings.max_num_queued_reqs is not None:
             stats, seats = self._engine.stats(), self._max_num_seqs
             if stats is not None:  # an engine that has started may run fewer
@@ -84,18 +87,21 @@ class InFlight:
             allowed = settings.max_num_queued_reqs + free_seats
             idle = not (self.num_queued or self.num_running)
             too_many = self.num_queued + num_sequences > allowed and not idle
-            if too_many or waiting > settings.max_num_queued_reqs:
+            too_many = too_many or waiting > settings.max_num_queued_reqs
+            if too_many and not (
+                caller is not None and caller.may_wait_beside_others(num_sequences, allowed)
+            ):
                 raise QueueFullError(
                     f"{max(self.num_queued, waiting)} requests are waiting; the limit is "
                     f"{settings.max_num_queued_reqs}"
                 )
         limit = settings.max_num_queued_tokens
-        if limit is not None and self.num_queued and self.queued_tokens + tokens > limit:
+        is_first = not (self.num_queued if caller is None else caller.num_waiting)
+        if limit is not None and not is_first and self.queued_tokens + tokens > limit:
             raise QueueFullError(
                 f"{self.queued_tokens} prompt tokens are waiting; the limit is {limit}"
             )
-        caller = present_caller.get()
-        charge = None if caller is None else caller.admit(tokens)
+        charge = None if caller is None else caller.admit(tokens, num_sequences)
         return Ticket(self, num_sequences, tokens, charge)
 
 
@@ -136,6 +142,8 @@ class Ticket:
         """Count the request as running: its first token has come. Idempotent."""
         if not self._running:
             self._running = True
+            if self._charge is not None:
+                self._charge.started()
             self._in_flight.count(-self._sequences, self._sequences, -self._tokens)
 
     def close(self) -> None:

@@ -35,21 +35,32 @@ class Caller:
             raise self._refusal(f"{limit} requests a minute", wait)
         self._rates.add_request(slot)
 
-    def admit(self, tokens: int) -> Charge | None:
-        """Charge a request that is about to run for the tokens of its prompts.
+    @property
+    def num_waiting(self) -> int:
+        """Sequences of this tenant that wait for their first token."""
+        return self._rates.waiting(self.tenant.slot)
 
-        Returns None if nothing has to be counted. Raises RateLimitError, and then charges nothing.
+    def may_wait_beside_others(self, num_sequences: int, places: int) -> bool:
+        """Return whether others' requests wait, and this tenant's with `num_sequences` more are
+        within its share of so many places: those that wait share them evenly."""
+        waiting = self._rates.slots_waiting() | {self.tenant.slot}
+        share = places // len(waiting)
+        return len(waiting) > 1 and self.num_waiting + num_sequences <= share
+
+    def admit(self, tokens: int, num_sequences: int) -> Charge:
+        """Charge a request that is about to run for the tokens of its prompts, and count its
+        sequences as waiting.
+
+        Raises RateLimitError, and then charges nothing.
         """
         tenant, rates, limits = self.tenant, self._rates, self.tenant.limits
-        if limits.tokens_per_minute is None and limits.concurrent_requests is None:
-            return Charge(tenant, None, 0) if tenant.name else None
         most = limits.concurrent_requests
         if most is not None and rates.running(tenant.slot) >= most:
             raise self._refusal(f"{most} requests at once", 1.0)
         most = limits.tokens_per_minute
         if most is not None and (wait := rates.tokens(tenant.slot).wait(tokens, most)):
             raise self._refusal(f"{most} tokens a minute; this prompt has some {tokens}", wait)
-        return Charge(tenant, rates, tokens)
+        return Charge(tenant, rates, tokens, num_sequences)
 
     def _refusal(self, limit: str, wait: float) -> RateLimitError:
         self._metrics.rejected(self.tenant.name)
@@ -60,17 +71,17 @@ class Caller:
 class Charge:
     """What one request is charged, from its admission to its end."""
 
-    __slots__ = ("_rates", "_slot", "_tokens", "name")
+    __slots__ = ("_rates", "_slot", "_tokens", "_waiting", "name")
 
-    def __init__(self, tenant: Tenant, rates: Rates | None, tokens: int) -> None:
-        """Charge `tokens`; without `rates`, count nothing, and only remember the name."""
+    def __init__(self, tenant: Tenant, rates: Rates, tokens: int, num_sequences: int) -> None:
         self.name = tenant.name
         self._slot = tenant.slot
-        self._rates = rates
+        self._rates: Rates | None = rates
         self._tokens = tokens
-        if rates is not None:
-            rates.add_tokens(self._slot, tokens)
-            rates.add_running(self._slot, 1)
+        self._waiting = num_sequences
+        rates.add_tokens(self._slot, tokens)
+        rates.add_running(self._slot, 1)
+        rates.add_waiting(self._slot, num_sequences)
 
     def add(self, tokens: int) -> None:
         """Charge more tokens, or give some back if the number is negative."""
@@ -78,8 +89,15 @@ class Charge:
             self._tokens += tokens
             self._rates.add_tokens(self._slot, tokens)
 
+    def started(self) -> None:
+        """Count the sequences as waiting no longer. Idempotent."""
+        if self._rates is not None and self._waiting:
+            self._rates.add_waiting(self._slot, -self._waiting)
+            self._waiting = 0
+
     def close(self, *, computed: bool) -> None:
         """End the request; if nothing of it was `computed`, give back all tokens. Idempotent."""
+        self.started()
         rates, self._rates = self._rates, None
         if rates is not None:
             rates.add_running(self._slot, -1)

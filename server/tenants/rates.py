@@ -1,4 +1,4 @@
-"""What each tenant used in the present minute and the one before, and what runs of it now.
+"""What each tenant used in this minute and the one before, and what runs and waits of it now.
 
 All HTTP workers share the memory, in which each one writes only its own cells: nothing is locked.
 The limits apply to the sums. Requests that arrive at several workers in the same moment may all
@@ -22,10 +22,10 @@ MINUTE = 60.0
 """Seconds that a rate is over."""
 MAX_SLOTS = 4096
 """Maximum tenants that are counted."""
-_FIELDS = 6
-_WINDOW, _REQUESTS, _TOKENS, _RUNNING = 0, 1, 3, 5
+_FIELDS = 7
+_WINDOW, _REQUESTS, _TOKENS, _RUNNING, _WAITING = 0, 1, 3, 5, 6
 """Places in a cell: the minute it counts; requests of this minute and of the one before; tokens of
-both; requests that run."""
+both; requests that run; sequences that wait for their first token."""
 
 
 def rates_size(processes: int) -> int:
@@ -100,6 +100,20 @@ class Rates:
         """Return the requests of a slot that run, of all processes."""
         return sum(self._memory[slot * _FIELDS + _RUNNING :: MAX_SLOTS * _FIELDS])
 
+    def waiting(self, slot: int) -> int:
+        """Return the sequences of a slot that wait, of all processes."""
+        return sum(self._memory[slot * _FIELDS + _WAITING :: MAX_SLOTS * _FIELDS])
+
+    def slots_waiting(self) -> set[int]:
+        """Return the slots of which sequences wait."""
+        memory, size = self._memory, MAX_SLOTS * _FIELDS
+        return {
+            slot
+            for begin in range(0, len(memory), size)
+            for slot, count in enumerate(memory[begin + _WAITING : begin + size : _FIELDS])
+            if count
+        }
+
     def add_request(self, slot: int) -> None:
         """Count a request."""
         self._memory[self._cell(slot) + _REQUESTS] += 1
@@ -113,12 +127,17 @@ class Rates:
         """Count requests that begin to run, or end if `count` is negative."""
         self._memory[self._base + slot * _FIELDS + _RUNNING] += count
 
+    def add_waiting(self, slot: int, count: int) -> None:
+        """Count sequences that begin to wait, or no longer do if `count` is negative."""
+        self._memory[self._base + slot * _FIELDS + _WAITING] += count
+
     def forget_running(self, index: int) -> None:
-        """Count nothing of the process `index` as running, since it has died."""
+        """Count nothing of the process `index` as running or waiting, since it has died."""
         begin = index * MAX_SLOTS * _FIELDS
-        for place in range(begin + _RUNNING, begin + MAX_SLOTS * _FIELDS, _FIELDS):
-            if self._memory[place]:
-                self._memory[place] = 0
+        for field in (_RUNNING, _WAITING):
+            for place in range(begin + field, begin + MAX_SLOTS * _FIELDS, _FIELDS):
+                if self._memory[place]:
+                    self._memory[place] = 0
 
     def _cell(self, slot: int) -> int:
         """Return the place of this process's cell, after moving it on to the present minute."""

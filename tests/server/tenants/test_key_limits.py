@@ -150,6 +150,40 @@ async def test_requests_at_once_are_limited_until_they_end(
         assert (await client.post(CHAT, json=HI, headers=by("alice"))).status_code == 200
 
 
+async def test_one_key_cannot_fill_the_queue_of_all(
+    make_client: MakeClient, engine: FakeEngineClient, tmp_path: Path
+) -> None:
+    engine.hold = asyncio.Event()
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("alice: sk-alice\nbob: sk-bob\ncarol: sk-carol\n")
+    limits = {"max_num_seqs": 1, "max_num_queued_reqs": 6, "max_num_queued_tokens": 100}
+    client = make_client(api_keys_file=keys, **limits)
+
+    async def send(name: str, **fields: object) -> httpx.Response:
+        return await client.post(COMPLETIONS, json={**PROMPT, **fields}, headers=by(name))
+
+    async def sent(count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(engine.requests) < count:
+                await asyncio.sleep(0.001)
+
+    # The one that an engine may run, and six that wait: seven places.
+    answers = [asyncio.create_task(send("alice")) for _ in range(7)]
+    await sent(7)
+    assert_error(await send("alice"), 429, "queue_full", None)
+    # Another key has half of them, and one prompt of any length; two others have a third each.
+    answers.append(asyncio.create_task(send("bob", prompt=[1] * 200)))
+    await sent(8)
+    assert_error(await send("bob", prompt=[1] * 200), 429, "queue_full", None)
+    assert_error(await send("bob", n=3), 429, "queue_full", None)
+    answers.append(asyncio.create_task(send("carol", n=2)))
+    await sent(9)
+    assert_error(await send("carol"), 429, "queue_full", None)
+    engine.hold.set()
+    assert {answer.status_code for answer in await asyncio.gather(*answers)} == {200}
+    assert (await send("alice")).status_code == 200
+
+
 async def test_a_key_may_be_restricted_to_models(
     make_client: MakeClient, engine: FakeEngineClient, keys: Path
 ) -> None:

@@ -56,8 +56,14 @@ def test_tokens_are_given_back_and_dead_processes_run_nothing() -> None:
     first.add_running(1, 1)
     second.add_running(1, 2)
     assert first.running(1) == 3
+    first.add_waiting(5, 3)
+    second.add_waiting(5, 1)
+    second.add_waiting(4000, 2)
+    assert first.waiting(5) == 4 and first.slots_waiting() == {5, 4000}
     second.forget_running(0)
     assert first.running(1) == 2 and second.running(2) == 0
+    second.add_waiting(5, -1)
+    assert first.slots_waiting() == {4000}
 
 
 @settings(max_examples=300, deadline=None)
