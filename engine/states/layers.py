@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ SCAN = "mamba2_chunk_scan"
 _CUTS = (5, 6, 30)
 """Where the proof's sequence is cut: also around a single token, as in a decode, and before a piece
 for which devices have another form of the recurrence."""
+_lock = threading.Lock()
+_levels: list[int] = []
+"""The level of transformers' logger before each `quiet` that is in use."""
 
 
 class StepRows(NamedTuple):
@@ -232,14 +236,19 @@ def prove_layers(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from advising packages that would make its own functions faster."""
+    """Keep transformers from advising packages that would make its own functions faster. Several
+    threads may do so at the same time."""
     logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _lock:
+        _levels.append(logger.level)
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _lock:  # the level from before the first one returns after the last one
+            level = _levels.pop()
+            if not _levels:
+                logger.setLevel(level)
 
 
 def _run_pieces(module: nn.Module, x: torch.Tensor, states: StepStates) -> torch.Tensor:
