@@ -7,7 +7,7 @@ from types import TracebackType
 from ...engine.client import EngineClient
 from ...engine.errors import QueueFullError, ShuttingDownError
 from ..settings import Settings
-from ..tenants.caller import Charge, present_caller
+from ..tenants.caller import Caller, Charge, present_caller
 
 LOAD_FIELDS = 3
 """Counters per process: queued, running, queued tokens."""
@@ -75,34 +75,42 @@ class InFlight:
         """
         if self.draining:
             raise ShuttingDownError("the server is shutting down", self._settings.shutdown_timeout)
-        settings = self._settings
         tokens = num_tokens + -(-num_characters // CHARACTERS_PER_TOKEN)
         caller = present_caller.get()
-        if settings.max_num_queued_reqs is not None:
-            stats, seats = self._engine.stats(), self._max_num_seqs
-            if stats is not None:  # an engine that has started may run fewer
-                seats = min(seats, self._engine.info.max_num_seqs * settings.data_parallel_size)
-            free_seats = max(0, seats - self.num_running)
-            waiting = stats.num_waiting if stats is not None else 0
-            allowed = settings.max_num_queued_reqs + free_seats
-            idle = not (self.num_queued or self.num_running)
-            too_many = self.num_queued + num_sequences > allowed and not idle
-            too_many = too_many or waiting > settings.max_num_queued_reqs
-            if too_many and not (
-                caller is not None and caller.may_wait_beside_others(num_sequences, allowed)
-            ):
-                raise QueueFullError(
-                    f"{max(self.num_queued, waiting)} requests are waiting; the limit is "
-                    f"{settings.max_num_queued_reqs}"
-                )
-        limit = settings.max_num_queued_tokens
-        is_first = not (self.num_queued if caller is None else caller.num_waiting)
-        if limit is not None and not is_first and self.queued_tokens + tokens > limit:
+        self._check_sequences(num_sequences, caller)
+        self._check_tokens(tokens, caller)
+        charge = None if caller is None else caller.admit(tokens, num_sequences)
+        return Ticket(self, num_sequences, tokens, charge)
+
+    def _check_sequences(self, num_sequences: int, caller: Caller | None) -> None:
+        """Raise QueueFullError if too many sequences wait, unless the caller has its share left."""
+        settings = self._settings
+        limit = settings.max_num_queued_reqs
+        if limit is None:
+            return
+        stats, seats = self._engine.stats(), self._max_num_seqs
+        if stats is not None:  # an engine that has started may run fewer
+            seats = min(seats, self._engine.info.max_num_seqs * settings.data_parallel_size)
+        places = limit + max(0, seats - self.num_running)
+        waiting = stats.num_waiting if stats is not None else 0
+        idle = not (self.num_queued or self.num_running)
+        fits = idle or self.num_queued + num_sequences <= places
+        if fits and waiting <= limit:
+            return
+        if caller is None or not caller.may_wait_beside_others(num_sequences, places):
+            raise QueueFullError(
+                f"{max(self.num_queued, waiting)} requests are waiting; the limit is {limit}"
+            )
+
+    def _check_tokens(self, tokens: int, caller: Caller | None) -> None:
+        """Raise QueueFullError if too many prompt tokens wait, unless the caller has none there."""
+        limit = self._settings.max_num_queued_tokens
+        if limit is None or self.queued_tokens + tokens <= limit:
+            return
+        if self.num_queued if caller is None else caller.num_waiting:
             raise QueueFullError(
                 f"{self.queued_tokens} prompt tokens are waiting; the limit is {limit}"
             )
-        charge = None if caller is None else caller.admit(tokens, num_sequences)
-        return Ticket(self, num_sequences, tokens, charge)
 
 
 class Ticket:
