@@ -30,13 +30,21 @@ from numba import njit, types
 from numba.extending import overload
 
 from .kernel import kernel
-from .numbers import FAST_CALLS, INLINED, LANES, exp, load_scale, prefetch, store, to_float
+from .numbers import (
+    CACHE_LINE,
+    FAST_CALLS,
+    INLINED,
+    LANES,
+    exp,
+    load_scale,
+    prefetch,
+    store,
+    to_float,
+)
 from .panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
 from .region import launch
 from .softmax import KEYS, weigh
 
-CACHE_LINE = 64
-"""Bytes of a cache line."""
 TILE_ROWS = 48
 """Rows per tile, in prefill and for decodes that share a prefix."""
 _ONLY_PLACE = np.zeros((1, 2), dtype=np.int64)

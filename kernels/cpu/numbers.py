@@ -69,6 +69,8 @@ _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "se
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
 LANES = 16 if FEATURES.get("avx512f") else 8
+CACHE_LINE = 64
+"""Bytes of a cache line."""
 
 
 @intrinsic

@@ -30,7 +30,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..numbers import INLINED, LANES
+from ..numbers import CACHE_LINE, INLINED, LANES
 from ..panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, for_row_counts
 from ..products import HEAD_BYTES
 from ..vectors import (
@@ -58,8 +58,6 @@ _WEIGHTS_AHEAD = 6144
 """How many bytes ahead weights are fetched."""
 _MANY = 5
 """From how many products for each byte of weights on that is done."""
-_LINE = 64
-"""Bytes of a cache line."""
 _VECTOR_BYTES = 4 * LANES
 _BYTE, _INT32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _WIDTHS = {types.float32: 4, types.int16: 2, types.int8: 1, types.uint8: 0, types.uint16: 0}
@@ -175,7 +173,7 @@ def _fetch_weights(builder, form, count, weights, size):
     """Fetch `size` bytes of weights that will be read later, if there are many rows: then a
     record's instructions fill the processor's window, so that it does not look ahead. With few
     rows it does so itself, and faster."""
-    for at in range(0, size if 8 * count >= _MANY * form.bits else 0, _LINE):
+    for at in range(0, size if 8 * count >= _MANY * form.bits else 0, CACHE_LINE):
         prefetch(builder, builder.gep(weights, [index(_WEIGHTS_AHEAD + at)]), level=2)
 
 
