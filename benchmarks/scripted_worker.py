@@ -45,7 +45,12 @@ class ScriptedModel:
         return input_ids[:, None]
 
     def forward_to_logits(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor, *_: Any
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_indices: torch.Tensor,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.forward(input_ids)
         return hidden, hidden[logit_indices]

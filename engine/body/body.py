@@ -17,12 +17,21 @@ from ..attention.metadata import AttentionMetadata
 from .flat_decoder import BodyOps, FlatDecoder
 from .rotary_table import make_rotary_table
 
-ForwardToLogits = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata],
-    tuple[torch.Tensor, torch.Tensor],
-]
-"""input_ids and positions `[T]`, logit_indices `[R]`, metadata → hidden states `[T, hidden_size]`
-and logits `[R, vocab_size]`."""
+
+class ForwardToLogits(Protocol):
+    """Runs layers, and makes logits of some tokens."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_indices: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        picked_only: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`, or
+        if `picked_only` those of the R tokens, and logits `[R, vocab_size]`."""
 
 
 class Body(Protocol):

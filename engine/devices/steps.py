@@ -140,8 +140,9 @@ class StepInputs(Protocol):
 
 
 class ModelOutput(NamedTuple):
-    """Hidden states `[T, hidden_size]` and logits `[R, vocab_size]` of a step, and the likeliest
-    tokens of these if the device has found them, too."""
+    """Hidden states `[T, hidden_size]` (of the sampling rows alone if nobody reads the others) and
+    logits `[R, vocab_size]` of a step, and the likeliest tokens of these if the device has found
+    them, too."""
 
     hidden: torch.Tensor
     logits: torch.Tensor

@@ -161,7 +161,8 @@ class ModelRunner:
             return StepForward(self, None)
         host, step = laid_out[0], self._batch.write(*laid_out)
         with self._memory_errors_named():
-            computed = self._run_model(host, step)
+            picked_only = not (host.any_scored or host.pooled_rows)
+            computed = self._run_model(host, step, picked_only=picked_only)
             hidden = computed.hidden
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         return StepForward(self, _Computed(host, step, computed, chunks))
@@ -283,8 +284,11 @@ class ModelRunner:
         those of the step, the plan and the cache."""
         return self._forward(step, self._metadata(step, 0, len(step.input_ids), plan))
 
-    def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
-        """Return hidden states of all tokens and logits of the sampling rows."""
+    def _run_model(
+        self, host: HostStep, step: DeviceStep, *, picked_only: bool = False
+    ) -> ModelOutput:
+        """Return hidden states of all tokens and logits of the sampling rows. With `picked_only`
+        nobody reads the hidden states of others."""
         query_len = self.inputs.query_len(host) if host.num_drafts else 1
         mixed_size = self.inputs.mixed_size(host) if query_len == 1 else 0
         shared = query_len == 1 and self.planner.find_shared(host)
@@ -324,12 +328,10 @@ class ModelRunner:
         lengths = host.query_start_loc, host.seq_lens
         plan = self.planner.plan(*lengths, decodes, step, shared=shared, query_len=query_len)
         metadata = self._metadata(step, decodes, longest, plan)
-        if not num_sampling:
-            hidden = self._forward(step, metadata)
-            return ModelOutput(hidden, hidden.new_empty(0))
         return ModelOutput(
             *self._model.forward_to_logits(
-                step.input_ids, step.positions, step.logit_indices, metadata
+                *(step.input_ids, step.positions, step.logit_indices[:num_sampling], metadata),
+                picked_only=picked_only,
             )
         )
 

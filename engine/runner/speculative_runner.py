@@ -67,7 +67,8 @@ class DraftRunner(ModelRunner):
 
     def compute(self, host: HostStep, step: DeviceStep) -> None:
         """Compute K and V of a step's tokens."""
-        self._run_model(host._replace(sampling_rows=host.sampling_rows[:0], token_slots=None), step)
+        nothing = host._replace(sampling_rows=host.sampling_rows[:0], token_slots=None)
+        self._run_model(nothing, step, picked_only=True)
 
     def propose(self, output: SchedulerOutput) -> dict[int, list[int]]:
         """Return the drafts that a plan leaves to the worker, by row. It has begun."""
@@ -86,7 +87,7 @@ class DraftRunner(ModelRunner):
             host, step = self._batch.prepare_tokens(
                 rows[:active], starts[:active] + place, token_ids[:active], sampled
             )
-            sampled = self._draw(host, self._run_model(host, step))
+            sampled = self._draw(host, self._run_model(host, step, picked_only=True))
             passes.append(sampled)
             token_ids = -1 - np.arange(active)
         # 3. All guesses at once to the host, by row.
@@ -123,11 +124,13 @@ class DraftRunner(ModelRunner):
             self._specs[sequence.seq_id] = known
         return known
 
-    def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
+    def _run_model(
+        self, host: HostStep, step: DeviceStep, *, picked_only: bool = False
+    ) -> ModelOutput:
         if self._missing:
             largest = self._model.spec.vocab_size - 1
             step = step._replace(input_ids=step.input_ids.clamp(max=largest))
-        return super()._run_model(host, step)
+        return super()._run_model(host, step, picked_only=picked_only)
 
 
 class SpeculativeRunner(ModelRunner):
@@ -181,7 +184,9 @@ class SpeculativeRunner(ModelRunner):
         super().copy_blocks(copies)
         self._draft.copy_blocks(copies)
 
-    def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
-        output = super()._run_model(host, step)
+    def _run_model(
+        self, host: HostStep, step: DeviceStep, *, picked_only: bool = False
+    ) -> ModelOutput:
+        output = super()._run_model(host, step, picked_only=picked_only)
         self._draft.compute(host, step)
         return output

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .attention import make_scratch
-from .body import PRODUCTS, Scratch, lasting_calls, step_calls, tasks_of
+from .calls import PRODUCTS, Scratch, lasting_calls, step_calls, tasks_of
 from .numbers import CACHE
 from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import Task, compile_region, is_compiled
@@ -72,10 +72,11 @@ def tasks_for(build: Build) -> list[Task]:
         *(words, words, pairs, words, 1, rows, rows, pairs, _zeros(np.int32, 3), starts, starts),
         *(pairs, pairs),
         tile_queries=1,
+        picked_only=False,
     )
     scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1), make_quantised(1, 1, 1))
     calls = lasting_calls(ends, layers, activations, scratch)
-    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch)
+    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch, narrow=False)
     if is_kept:
         calls = {place: call for place, call in calls.items() if place[0] not in PRODUCTS}
     return [*tasks_of(calls), draw_task()]

@@ -13,6 +13,10 @@ If a family norms its updates, the products leave them where their input was, an
 comes next norms and adds them first. A mixture of experts has no phases, since the number of its
 items is not known before its router has run: the region ends before it and begins again after it.
 
+Of the last layer all tokens need K and V, since later ones attend to them. The rest is needed only
+of tokens whose logits are wanted: of a prompt the last one, of a part of a prompt none. Then only
+their queries attend there, their rows move to the front, and the phases that follow are as short.
+
 The threads stay in the region from the first phase to the last; between two phases they only look
 at a counter. For a small model that is most of a step's time saved: a decode has tens of phases of
 some ten microseconds each, about what it takes to wake a thread up.
@@ -27,55 +31,42 @@ Activations are float32 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import numpy as np
 
-from .attention import Attention, attend_tile, make_scratch
-from .kernel import Packed, signature_of
-from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
-from .products import (
-    Call,
-    Gated,
-    PackedWeight,
-    Quantised,
-    count_few,
-    count_items,
-    make_quantised,
-    make_tiles,
-)
-from .region import Phase, Task, compile_all, run_phases
-from .step import Activations, BodyStep, Ends, Layers
-
-Array = np.ndarray[Any, Any]
-
-(
-    INPUT_NORM,
-    QUANTISE_QKV,
-    QKV,
-    ROTATE,
+from .attention import make_scratch
+from .calls import (
     ATTEND,
-    QUANTISE_OUTPUT,
-    OUTPUT,
-    MLP_NORM,
-    QUANTISE_GATE_UP,
+    CHUNK,
     GATE_UP,
-    QUANTISE_DOWN,
-    DOWN,
-    PICK,
-    QUANTISE_HEAD,
     HEAD,
-) = range(15)
-"""The kinds of phases: those of a layer, and those after the layers. The last norm is a phase of
-the first kind."""
-LAYER_PHASES, LAST_PHASES, PRODUCTS = 12, 3, (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
-Place = tuple[int, int | None]
-"""A kind of phases, and for those that differ by layer the layer."""
-KERNEL, WORK, ITEMS, LAYER, ROWS, CHUNK = range(len(Phase._fields))
-"""The columns of the table of phases."""
-NO_SOFTCAP = np.float32(0)
-_NO_UPDATES = np.empty((0, 1), np.float32)
+    INPUT_NORM,
+    ITEMS,
+    KERNEL,
+    LAST_PHASES,
+    LAYER,
+    LAYER_PHASES,
+    MLP_NORM,
+    MOVE,
+    PICK,
+    ROTATE,
+    ROWS,
+    WORK,
+    Array,
+    Place,
+    Scratch,
+    lasting_calls,
+    products_of,
+    step_calls,
+    tasks_of,
+)
+from .kernel import Packed
+from .norms import FEW
+from .products import Call, Gated, Quantised, count_few, count_items, make_quantised, make_tiles
+from .region import Phase, compile_all, run_phases
+from .step import Activations, BodyStep, Ends, Layers
 
 
 class Adapted(Protocol):
@@ -88,16 +79,6 @@ class Adapted(Protocol):
 
     def insert(self, table: Array, activations: Activations, num_threads: int) -> Array:
         """Return a table of phases with the adapters' phases among them."""
-
-
-class Scratch(NamedTuple):
-    """Memory in which threads work, made by `products.make_tiles` and `attention.make_scratch`:
-    each thread has its own, but for `room`."""
-
-    tiles: Any
-    attention: tuple[Array, ...]
-    room: Quantised
-    """Rows of one product at a time, quantised; all threads read them."""
 
 
 class Body:
@@ -115,8 +96,8 @@ class Body:
         self._table[:, LAYER] = np.arange(self._num_phases) // LAYER_PHASES
         self._packed: dict[Place, Packed] = {}
         """The works that are in the table now."""
-        self._counts = (0, 0, 0)
-        """Tokens, picks and tiles that the table is for."""
+        self._counts = (0, 0, 0, False)
+        """Tokens, picks, tiles, and whether the last layer is narrow: what the table is for."""
 
     def run(
         self,
@@ -128,29 +109,37 @@ class Body:
         mix: Callable[[int], None] | None = None,
     ) -> None:
         """Run a step. Changes the activations and the cache `[places, 2, blocks, kv_heads,
-        block_size, head_dim]`. `mix` runs the mixture of experts of a layer, from `normed` into
-        `update`; it is needed if there are any."""
+        block_size, head_dim]`. Hidden states are in `normed`, and those of the picks in `picked`,
+        which are all if those are enough. `mix` runs the mixture of experts of a layer, from
+        `normed` into `update`; it is needed if there are any."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
-        calls = step_calls(self._ends, self._layers, cache, step, activations, scratch)
+        is_adapted = adapted is not None and len(adapted.token_slots) > 0
+        narrow = not is_adapted and self._can_narrow(step)
+        calls = step_calls(
+            self._ends, self._layers, cache, step, activations, scratch, narrow=narrow
+        )
         # 1. The works that last: packed again if the activations or the scratch have grown.
         if activations is not self._activations or scratch is not self._scratch:
             is_first = self._activations is None
             self._activations, self._scratch = activations, scratch
-            calls |= lasting_calls(self._ends, self._layers, activations, scratch)
+            calls = lasting_calls(self._ends, self._layers, activations, scratch) | calls
             if is_first:
                 compile_all(tasks_of(calls))
         # 2. Those, and the works of this step.
         for place, call in calls.items():
             self._set_call(place, call)
         # 3. How many items and rows. From one decode to the next they are often the same.
-        counts = (len(step.input_ids), len(step.picks), len(step.tiles))
+        counts = (len(step.input_ids), len(step.picks), len(step.tiles), narrow)
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
+        last = len(self._layers.scales) - 1
+        attention = self._packed[ATTEND, last if narrow else None]
+        self._table[self._phases((ATTEND, last)), WORK] = attention.address
         table = self._table
         if adapted is not None:
             self._set_adapters(adapted)
-            if len(adapted.token_slots):
+            if is_adapted:
                 table = adapted.insert(table, activations, num_threads)
         # 4. The phases, as far as the next mixture.
         begin = 0
@@ -161,6 +150,12 @@ class Body:
             mix(layer)
             begin = end
         run_phases(table[begin:], num_threads)
+
+    def _can_narrow(self, step: BodyStep) -> bool:
+        """Whether the last layer may compute only the picks."""
+        picks = step.picks
+        is_less = step.picked_only and len(picks) < len(step.input_ids)
+        return is_less and not self._mixtures and bool((picks[1:] > picks[:-1]).all())
 
     def _set_adapters(self, adapted: Adapted) -> None:
         """Let gate and up read what the adapters of this step add to them."""
@@ -200,20 +195,27 @@ class Body:
         self._table[phases, WORK] = packed.address
         self._table[phases, CHUNK] = kernel.chunk
 
-    def _set_counts(self, tokens: int, picks: int, tiles: int, kv_heads: int) -> None:
+    def _set_counts(self, tokens: int, picks: int, tiles: int, narrow: bool, kv_heads: int) -> None:
         """Set the number of items of each phase, and of rows: all tokens, and after the layers
-        only the picks."""
-        few = -(-tokens // FEW)
+        only the picks; if the last layer is narrow, from its attention on."""
+        last = len(self._layers.scales) - 1
+        late = picks if narrow else tokens
+        few, few_late, few_picks = (-(-rows // FEW) for rows in (tokens, late, picks))
         items: dict[Place, int] = {
             (INPUT_NORM, None): few,
             (INPUT_NORM, 0): few,
+            (INPUT_NORM, last + 1): few_late,
             (ROTATE, None): few,
             (ATTEND, None): tiles * kv_heads,
+            (ATTEND, last): (picks if narrow else tiles) * kv_heads,
+            (MOVE, last): 2 if narrow else 0,
             (MLP_NORM, None): few,
-            (PICK, None): -(-picks // FEW),
+            (MLP_NORM, last): few_late,
+            (PICK, None): few_picks,
         }
         for (kind, layer), weight in products_of(self._ends, self._layers):
-            rows = picks if kind == HEAD else tokens
+            is_late = layer == last and kind > ATTEND
+            rows = picks if kind == HEAD else late if is_late else tokens
             panels = weight.num_panels // 2 if kind == GATE_UP else weight.num_panels
             items[kind, layer] = count_items(panels, rows)
             if weight.num_groups:
@@ -221,6 +223,7 @@ class Body:
         for place, number in items.items():
             self._table[self._phases(place), ITEMS] = number
         self._table[:, ROWS] = tokens
+        self._table[self._phases((MOVE, last)).start :, ROWS] = late
         self._table[-LAST_PHASES:, ROWS] = picks
 
     def _scratch_for(
@@ -245,107 +248,3 @@ class Body:
         depth = max(weight.depth for weight in weights)
         rows = max(len(activations.x), len(activations.picked))
         return make_quantised(rows, depth, max(weight.num_groups for weight in weights))
-
-
-def products_of(ends: Ends, layers: Layers) -> list[tuple[Place, PackedWeight]]:
-    """Return the weights of all products, and which phases are theirs. The phase before a product's
-    quantises its input, if that has to be done."""
-    gate_up, down = layers.gate_up, layers.down
-    by_kind = {QKV: layers.qkv, OUTPUT: layers.output, GATE_UP: gate_up, DOWN: down}
-    products: list[tuple[Place, PackedWeight]] = [
-        ((kind, layer), each)
-        for kind, weights in by_kind.items()
-        for layer, each in enumerate(weights)
-        if each is not None
-    ]
-    return products if ends.head is None else [*products, ((HEAD, None), ends.head)]
-
-
-def lasting_calls(
-    ends: Ends, layers: Layers, activations: Activations, scratch: Scratch
-) -> dict[Place, Call]:
-    """Return the kernels with works that are the same for all steps with these activations."""
-    x, normed, qkv, _, attended, gated, picked, logits, update = activations
-    room, tiles, no_ids = scratch.room, scratch.tiles, np.empty(0, np.int64)
-    qkv, attended = (part.reshape(len(part), -1) for part in (qkv, attended))
-    ways = {
-        QKV: (normed, qkv),
-        OUTPUT: (attended, update),
-        GATE_UP: (normed, gated),
-        DOWN: (gated, update),
-        HEAD: (picked, logits),
-    }
-    fetched = (no_ids, ends.embedding, ends.embedding_scale)
-    updates = _updates_of(layers, activations)
-    norm = Norm(
-        *(x, layers.mlp_norm, layers.mlp_epsilons, normed),
-        *(updates, layers.output_norm, layers.output_epsilons, *fetched),
-    )
-    calls: dict[Place, Call] = {(MLP_NORM, None): (normalise, norm)}
-    for (kind, layer), weight in products_of(ends, layers):
-        source, target = ways[kind]
-        quantise = weight.quantise(source, room, tiles)
-        if quantise is not None:
-            calls[kind - 1, layer] = quantise
-        if kind == GATE_UP:
-            calls[kind, layer] = weight.multiply_gated(source, room, target, tiles)
-        else:
-            adds = target is x
-            calls[kind, layer] = weight.multiply(source, room, target, tiles, adds)
-    return calls
-
-
-def step_calls(
-    ends: Ends,
-    layers: Layers,
-    cache: Array,
-    step: BodyStep,
-    activations: Activations,
-    scratch: Scratch,
-) -> dict[Place, Call]:
-    """Return the kernels with works that change with each step."""
-    x, normed, qkv, query, attended, *_ = activations
-    calls: dict[Place, Call] = {}
-    ids, input_norm = step.input_ids, (layers.input_norm, layers.input_epsilons)
-    if ends.packed is not None:
-        call = ends.packed.fetch(ids, x, ends.embedding_scale, input_norm, normed)
-        calls[INPUT_NORM, 0], ids = call, ids[:0]
-    norm = Norm(
-        *(x, *input_norm, normed, _updates_of(layers, activations)),
-        *(layers.down_norm, layers.down_epsilons, ids, ends.embedding, ends.embedding_scale),
-    )
-    heads = Heads(
-        *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds),
-        kind_rows=step.kind_rows,
-        norms_all_heads=layers.norms_all_heads,
-        rotates_pairs=layers.rotates_pairs,
-        slots=step.slots,
-        cache=cache,
-        layer_places=step.layer_places,
-        query=query,
-    )
-    attention = Attention(
-        *(query, cache, step.layer_places, step.block_table, step.starts, step.seq_lens),
-        *(step.tiles, step.members, step.tile_queries),
-        *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
-        *scratch.attention,
-    )
-    return calls | {
-        (INPUT_NORM, None): (normalise, norm),
-        (ROTATE, None): (rotate, heads),
-        (ATTEND, None): (attend_tile, attention),
-        (PICK, None): (pick, Pick(normed, step.picks, activations.picked)),
-    }
-
-
-def _updates_of(layers: Layers, activations: Activations) -> Array:
-    """Return the updates that a norm adds first; none if the products have added them."""
-    updates: Array = activations.update
-    return updates if layers.norms_updates else _NO_UPDATES
-
-
-def tasks_of(calls: Mapping[Place, Call]) -> list[Task]:
-    """Return the kernels of a step, and what they are compiled for. The longest is the last."""
-    tasks = {(kernel, signature_of(work)): None for kernel, work in calls.values()}
-    return sorted(tasks, key=lambda task: task[0] is attend_tile)

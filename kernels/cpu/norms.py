@@ -92,6 +92,15 @@ class Pick(NamedTuple):
     out: Any
 
 
+class Move(NamedTuple):
+    """A choice of rows that move to the front of two arrays, in place."""
+
+    x: Any
+    attended: Any
+    picks: Any
+    """Which rows, `[.]`, ascending."""
+
+
 class KeyValues(NamedTuple):
     """K and V to be stored as they are."""
 
@@ -181,6 +190,15 @@ def pick(item, layer, rows, thread, choice):
         line = source[picks[row]]
         for dim in range(len(line)):
             out[row, dim] = line[dim]
+
+
+@kernel
+def move(item, layer, rows, thread, choice):
+    """Move the rows of the choice to the front: of x (item 0), or of `attended` (item 1)."""
+    picks = choice.picks
+    target = choice.x if item == 0 else choice.attended
+    for row in range(rows):
+        copy_row(target[picks[row]], target[row])
 
 
 @kernel

@@ -95,6 +95,8 @@ class BodyStep(NamedTuple):
     tiles: Any
     members: Any
     tile_queries: int
+    picked_only: bool
+    """Whether nobody needs the hidden states of tokens that are not picked."""
 
 
 class Activations(NamedTuple):

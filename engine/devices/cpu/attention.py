@@ -173,7 +173,7 @@ class CpuPlanner:
         if query_start_loc[-1] == len(seq_lens) and not shared:
             members = np.zeros((len(seq_lens), 2), dtype=np.int64)
             members[:, 0] = np.argsort(-seq_lens, kind="stable")
-            return CpuPlan(_one_a_tile(len(members)), members, 1, num_threads)
+            return CpuPlan(cpu_attention.one_a_tile(len(members)), members, 1, num_threads)
         # 3. All other rows are cut into tiles of `size` queries.
         counts, size = np.diff(query_start_loc), self._tile_queries
         counts[[row for rows, _ in shared for row in rows]] = 0
@@ -184,7 +184,7 @@ class CpuPlanner:
         ) * size
         work = np.minimum(counts[sequences] - firsts, size) * seq_lens[sequences]
         members = np.stack((sequences, firsts), axis=1)
-        tiles = _one_a_tile(len(members))
+        tiles = cpu_attention.one_a_tile(len(members))
         for rows, length in shared:
             tile = (len(members), len(members) + len(rows), length)
             tiles = np.append(tiles, [tile], axis=0)
@@ -218,11 +218,3 @@ class CpuPlanner:
             for members, length in groups
             for rows in np.array_split(members, -(-len(members) // most))
         ]
-
-
-def _one_a_tile(count: int) -> NDArray[np.int64]:
-    """Return tiles of one member each, which share nothing."""
-    tiles = np.zeros((count, 3), dtype=np.int64)
-    tiles[:, 0] = np.arange(count)
-    tiles[:, 1] = tiles[:, 0] + 1
-    return tiles

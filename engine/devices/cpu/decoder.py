@@ -107,10 +107,11 @@ class CpuDecoder:
         positions: torch.Tensor,
         logit_indices: torch.Tensor,
         metadata: AttentionMetadata,
+        *,
+        picked_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`
-        and logits `[R, vocab_size]` (`[R, 0]` without a head). Both are valid until the next
-        call."""
+        """Implement `ForwardToLogits`; without a head, logits are `[R, 0]`. What is returned is
+        valid until the next call."""
         rotation, rows = self._rotations(positions)
         plan = metadata.plan
         assert isinstance(plan, CpuPlan)
@@ -135,6 +136,7 @@ class CpuDecoder:
             tiles=plan.tiles,
             members=plan.members,
             tile_queries=plan.tile_queries,
+            picked_only=picked_only,
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
@@ -143,7 +145,8 @@ class CpuDecoder:
             self._mix(layer, activations, num_tokens)
 
         self._compiled.run(cache, step, activations, plan.num_threads, self.adapted, mix)
-        hidden = torch.from_numpy(activations.normed[:num_tokens])
+        states = activations.picked[:num_logits] if picked_only else activations.normed[:num_tokens]
+        hidden = torch.from_numpy(states)
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ..body import (
+from ..calls import (
     DOWN,
     GATE_UP,
     ITEMS,

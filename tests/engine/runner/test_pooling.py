@@ -201,14 +201,15 @@ def test_non_finite_states_fail_only_their_request(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(folder, max_num_batched_tokens=512)
-    forward = engine.worker._runner._forward
+    model = engine.worker._runner._model
+    forward = model.forward_to_logits
 
-    def with_nan(*args: Any) -> torch.Tensor:
-        hidden = forward(*args)
+    def with_nan(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = forward(*args, **options)
         hidden[20, 3] = torch.nan  # of the first prompt, the 21st token
-        return hidden
+        return hidden, logits
 
-    monkeypatch.setattr(engine.worker._runner, "_forward", with_nan)
+    monkeypatch.setattr(model, "forward_to_logits", with_nan)
     prompts = make_prompts()
     bad, good = engine.embed(prompts[4], "mean"), engine.embed(prompts[5], "mean")
     engine.run()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,10 @@ from quire.kernels.cpu.region import launch
 from quire.kernels.cpu.sampling import draw, race
 from quire.kernels.cpu.softmax import KEYS, weigh
 
+from .flat_layers import HEADS, HIDDEN, KV_HEADS, Rotary, make_layer, make_norm
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-HEADS, KV_HEADS, HIDDEN = 6, 2, 50
 
 
 def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> AttentionMetadata:
@@ -259,45 +259,6 @@ def test_a_draw_equals_the_race_over_its_rows() -> None:
     keys = stream_keys(seeds, positions[batch_rows])
     expected = (relative.exp() / exponential(keys, token_ids)).argmax(dim=1)
     assert winners.tolist() == expected.tolist()
-
-
-class Rotary(nn.Module):
-    """Random rotary angles by position."""
-
-    def __init__(self, head_dim: int, rope_type: str = "default") -> None:
-        super().__init__()
-        self.rope_type = rope_type
-        self.angles = torch.rand(1024, head_dim // 2).repeat(1, 2) * 6
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        angles = self.angles[positions]
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def make_norm(*shape: int, dtype: torch.dtype = torch.float32) -> Norm:
-    return Norm(1 + torch.randn(shape).to(dtype) / 4, 1e-6)
-
-
-def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
-    norm = partial(make_norm, dtype=dtype)
-
-    def linear(columns: int, rows: int) -> nn.Linear:
-        return nn.Linear(columns, rows, bias=has_norm, dtype=dtype)
-
-    return FlatLayer(
-        layer_idx=0,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=head_dim,
-        scale=0.3,
-        window=None,
-        input_norm=norm(HIDDEN),
-        qkv=linear(HIDDEN, (HEADS + 2 * KV_HEADS) * head_dim),
-        qk_norm=norm(HEADS + KV_HEADS, head_dim) if has_norm else None,
-        output=linear(HEADS * head_dim, HIDDEN),
-        mlp_norm=norm(HIDDEN),
-        mlp=Mlp(linear(HIDDEN, 2 * 70), F.silu, True, linear(70, HIDDEN)),
-    )
 
 
 def exact(value: Any) -> Any:
