@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 import torch
 
+from quire.engine.body.body import BodyOutput
 from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
@@ -23,6 +24,7 @@ from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.parallel.ranks import Ranks
 from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
+from quire.engine.sampling.draws import BestTokens
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
 from quire.engine.step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
 from quire.engine.worker_protocol import Forward, Results
@@ -51,9 +53,9 @@ class ScriptedModel:
         logit_indices: torch.Tensor,
         *_: Any,
         **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> BodyOutput:
         hidden = self.forward(input_ids)
-        return hidden, hidden[logit_indices]
+        return BodyOutput(hidden, hidden[logit_indices])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -69,7 +71,11 @@ class ScriptedSampler(Sampler):
         self._next[tokens] = tokens.roll(-1)
 
     def __call__(
-        self, logits: torch.Tensor, batch: SamplingBatch, token_bitmask: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        batch: SamplingBatch,
+        token_bitmask: torch.Tensor | None = None,
+        found: BestTokens | None = None,
     ) -> SamplerOutput:
         token_ids = self._next[logits[:, 0]]
         return SamplerOutput(token_ids, torch.ones(len(token_ids), dtype=torch.bool), None)

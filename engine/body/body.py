@@ -8,7 +8,7 @@ backend chooses at load.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,16 @@ from torch import nn
 from ..attention.metadata import AttentionMetadata
 from .flat_decoder import BodyOps, FlatDecoder
 from .rotary_table import make_rotary_table
+
+
+class BodyOutput(NamedTuple):
+    """Hidden states `[T, hidden_size]`, and logits `[R, vocab_size]` of some of the T tokens."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """The maxima of the logits, the first ids that have them, and whether the rows are finite,
+    `[R]` each, if they have been found."""
 
 
 class ForwardToLogits(Protocol):
@@ -29,9 +39,9 @@ class ForwardToLogits(Protocol):
         metadata: AttentionMetadata,
         *,
         picked_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`, or
-        if `picked_only` those of the R tokens, and logits `[R, vocab_size]`."""
+    ) -> BodyOutput:
+        """input_ids and positions `[T]`, logit_indices `[R]`: see BodyOutput. With `picked_only`
+        hidden states are those of the R tokens alone."""
 
 
 class Body(Protocol):

@@ -55,6 +55,11 @@ class HostStep(NamedTuple):
     states: StateRows | None = None
     """The slots of states, if layers keep any."""
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether hidden states are read of tokens that need no logits."""
+        return self.any_scored or bool(self.pooled_rows)
+
 
 class DeviceStep(NamedTuple):
     """The step's tensors on the device. They are views of persistent buffers, valid until the

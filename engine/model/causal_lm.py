@@ -19,7 +19,7 @@ from ..adapters.adapter import LinearShape, find_linears
 from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
-from ..body.body import Body, ForwardToLogits
+from ..body.body import Body, BodyOutput, ForwardToLogits
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
@@ -142,7 +142,8 @@ class CausalLM:
         self._product = self._check_head(probed.hidden) if self.has_ends else None
         fused = None if self._product is None else self._body.fuse_head(self._product)
         self.forward_to_logits: ForwardToLogits = fused or self._forward_then_logits
-        """`forward`'s hidden states, and the `logits` of some of the tokens."""
+        """`forward`'s hidden states, the `logits` of some of the tokens, and perhaps their best
+        tokens."""
         invariant = fused is not None and self._body.is_batch_invariant
         self.runs_tokens_alone = deterministic and not invariant
         """Whether `forward` must get one token at a time, since it is to be deterministic."""
@@ -197,12 +198,12 @@ class CausalLM:
         metadata: AttentionMetadata,
         *,
         picked_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> BodyOutput:
         hidden = self._body.forward(input_ids, positions, metadata)
         picked = hidden[logit_indices]
         # No logits at all are not even asked for: other ranks would have to take part.
         logits = self.logits(picked) if len(picked) else picked.new_empty(0)
-        return (picked if picked_only else hidden), logits
+        return BodyOutput(picked if picked_only else hidden, logits)
 
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype; in

@@ -30,6 +30,30 @@ class _Batch(NamedTuple):
     any_scored: bool
     adapter_slots: NDArray[np.int64] | None
     """None if no sequence has an adapter."""
+    order: list[int]
+    """All indices into `sequences`, as `everyone`."""
+    everyone: NDArray[np.int64]
+    ones: NDArray[np.int64]
+    """A 1 for each of them."""
+    loc: NDArray[np.int32]
+    """The query_start_loc of steps of one token each."""
+
+    @classmethod
+    def of(cls, seq_ids: list[int], sequences: list[SequenceSpec], rows: list[int]) -> _Batch:
+        """Describe the steps of these sequences."""
+        count = len(rows)
+        return cls(
+            seq_ids,
+            sequences,
+            np.array(rows, dtype=np.int64),
+            any(one.pooling is not None for one in sequences),
+            any(one.num_prompt_logprobs is not None for one in sequences),
+            _adapter_slots(sequences),
+            order=list(range(count)),
+            everyone=np.arange(count),
+            ones=np.ones(count, dtype=np.int64),
+            loc=np.arange(count + 1, dtype=np.int32),
+        )
 
 
 class InputBatch:
@@ -55,7 +79,7 @@ class InputBatch:
         self._rows: dict[int, int] = {}
         self._specs: dict[int, SequenceSpec] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False, None)
+        self._batch = _Batch.of([], [], [])
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
@@ -85,14 +109,8 @@ class InputBatch:
             self._write_table(group, self._rows[seq_id], start, block_ids)
         if output.released or output.seq_ids != self._batch.seq_ids:
             sequences = [self._specs[seq_id] for seq_id in output.seq_ids]
-            self._batch = _Batch(
-                output.seq_ids,
-                sequences,
-                np.array([self._rows[seq_id] for seq_id in output.seq_ids], dtype=np.int64),
-                any(one.pooling is not None for one in sequences),
-                any(one.num_prompt_logprobs is not None for one in sequences),
-                _adapter_slots(sequences),
-            )
+            rows = [self._rows[seq_id] for seq_id in output.seq_ids]
+            self._batch = _Batch.of(output.seq_ids, sequences, rows)
 
     def _write_table(self, group: int, row: int, start: int, block_ids: list[int]) -> None:
         self._table[group, row, start : start + len(block_ids)] = block_ids
@@ -125,6 +143,9 @@ class InputBatch:
         """Lay out the step that `apply` was just called for. Returns the layout, and the tokens'
         ids as `StepInputs.write` takes them."""
         # Over 50 lines: half of them are the fields of the result.
+        is_plain = not (output.partial_rows or output.drafts or self._batch.any_pooled)
+        if is_plain and output.total_tokens == len(output.seq_ids):
+            return self._lay_out_decodes(output)
         # 1. The plan's rows as arrays.
         sequences, rows = self._batch.sequences, self._batch.rows
         num_seqs = len(sequences)
@@ -180,6 +201,35 @@ class InputBatch:
             rows=rows,
             tables=self._table[:, :, :width],
             token_slots=None if slots is None else np.repeat(slots, counts),
+        )
+        return host, token_ids
+
+    def _lay_out_decodes(self, output: SchedulerOutput) -> tuple[HostStep, NDArray[np.int64]]:
+        """Lay out a step of one token for each sequence, all of which sample. Little changes from
+        one such step to the next."""
+        batch = self._batch
+        starts = np.array(output.num_computed_starts, dtype=np.int64)
+        token_ids = np.array(output.token_ids, dtype=np.int64)
+        if UNKNOWN_TOKEN in output.token_ids:
+            self._point_at_samples(token_ids, batch.sequences)
+        stops = starts + 1
+        host = HostStep(
+            order=batch.order,
+            sequences=batch.sequences,
+            starts=starts,
+            lengths=batch.ones,
+            num_decodes=len(starts),
+            max_query_len=1,
+            sampling_rows=batch.everyone,
+            sampled_positions=stops.tolist(),
+            num_drafts=[],
+            pooled_rows=[],
+            any_scored=batch.any_scored,
+            query_start_loc=batch.loc,
+            seq_lens=stops.astype(np.int32),
+            rows=batch.rows,
+            tables=self._table[:, :, : -(-int(stops.max()) // self._block_size)],
+            token_slots=batch.adapter_slots,
         )
         return host, token_ids
 

@@ -23,6 +23,7 @@ from ..outputs import RowError
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.step_plan import StepPlan
 from ..request import Request
+from ..sampling.draws import BestTokens
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
 from ..step import BlockCopy, SamplingConstraints, SchedulerOutput
@@ -161,8 +162,7 @@ class ModelRunner:
             return StepForward(self, None)
         host, step = laid_out[0], self._batch.write(*laid_out)
         with self._memory_errors_named():
-            picked_only = not (host.any_scored or host.pooled_rows)
-            computed = self._run_model(host, step, picked_only=picked_only)
+            computed = self._run_model(host, step, picked_only=not host.reads_hidden)
             hidden = computed.hidden
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         return StepForward(self, _Computed(host, step, computed, chunks))
@@ -328,12 +328,11 @@ class ModelRunner:
         lengths = host.query_start_loc, host.seq_lens
         plan = self.planner.plan(*lengths, decodes, step, shared=shared, query_len=query_len)
         metadata = self._metadata(step, decodes, longest, plan)
-        return ModelOutput(
-            *self._model.forward_to_logits(
-                *(step.input_ids, step.positions, step.logit_indices[:num_sampling], metadata),
-                picked_only=picked_only,
-            )
+        hidden, logits, found = self._model.forward_to_logits(
+            *(step.input_ids, step.positions, step.logit_indices[:num_sampling], metadata),
+            picked_only=picked_only,
         )
+        return ModelOutput(hidden, logits, None if found is None else BestTokens(*found))
 
     def _forward(self, step: DeviceStep, metadata: AttentionMetadata) -> torch.Tensor:
         """Return hidden states `[T, hidden_size]`; reads no tensors but those in its arguments."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ...kernels.device_copy import Downloads
@@ -81,7 +80,7 @@ def _non_finite(what: str = "logits") -> RowError:
 def _collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
     token_ids: list[int | None] = sample.output.token_ids.tolist()
     logprobs = collect_logprobs(sample.output, sample.batch)
-    failed = np.flatnonzero(~sample.output.finite.numpy()).tolist()
+    failed = [index for index, finite in enumerate(sample.output.finite.tolist()) if not finite]
     for index in failed:
         token_ids[index] = None
     if sample.num_drafts:

@@ -108,7 +108,8 @@ class DraftRunner(ModelRunner):
             best = None
         sequences = [self._spec_of(sequence) for sequence in host.sequences]
         batch = self._sampler.prepare(sequences, host.sampled_positions)
-        return self._sampler(logits, batch, found=best).token_ids
+        # A copy: the best tokens may lie where the next pass writes its own.
+        return self._sampler(logits, batch, found=best).token_ids.clone()
 
     def _spec_of(self, sequence: SequenceSpec) -> SequenceSpec:
         known = self._specs.get(sequence.seq_id)

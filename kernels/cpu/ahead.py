@@ -20,12 +20,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .attention import make_scratch
-from .calls import PRODUCTS, Scratch, lasting_calls, step_calls, tasks_of
 from .numbers import CACHE
 from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import Task, compile_region, is_compiled
-from .sampling import draw_task
-from .step import Activations, BodyStep, Ends, Layers
+from .sampling import Best, draw_task
+from .step import (
+    PRODUCTS,
+    Activations,
+    BodyStep,
+    Ends,
+    Layers,
+    Scratch,
+    lasting_calls,
+    step_calls,
+    tasks_of,
+)
 
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16, "int8": np.int8}
 """NumPy's types for torch's, see `numbers.py`; int8 is one of caches only."""
@@ -67,7 +76,8 @@ def tasks_for(build: Build) -> list[Task]:
         rotates_pairs=False,
     )
     ends = Ends(_zeros(floats, 2), head)
-    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows, rows)
+    best = Best(rows, rows.view(np.int32), line, words, line.astype(np.bool_))
+    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows, rows, best)
     step = BodyStep(
         *(words, words, pairs, words, 1, rows, rows, pairs, _zeros(np.int32, 3), starts, starts),
         *(pairs, pairs),
@@ -76,7 +86,7 @@ def tasks_for(build: Build) -> list[Task]:
     )
     scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1), make_quantised(1, 1, 1))
     calls = lasting_calls(ends, layers, activations, scratch)
-    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch, narrow=False)
+    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch)
     if is_kept:
         calls = {place: call for place, call in calls.items() if place[0] not in PRODUCTS}
     return [*tasks_of(calls), draw_task()]

@@ -134,14 +134,6 @@ class Rows(NamedTuple):
     """Where the keys, then the values, begin in the cache `[KEYS]`."""
 
 
-def one_a_tile(count: int) -> np.ndarray[Any, Any]:
-    """Return tiles of one member each, which share nothing."""
-    tiles = np.zeros((count, 3), dtype=np.int64)
-    tiles[:, 0] = np.arange(count)
-    tiles[:, 1] = tiles[:, 0] + 1
-    return tiles
-
-
 def make_scratch(num_threads: int, rows: int, head_dim: int) -> tuple[np.ndarray[Any, Any], ...]:
     """Return the last fields of Attention, for tiles of up to `rows` rows."""
     return (

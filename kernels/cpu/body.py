@@ -7,7 +7,8 @@ A layer is eight phases (`region.py`), each cut into items that threads take as 
     normalise ─ Q, K, V ─ rotate, store ─ attend ─ output product, += x ─
     normalise ─ gate, up, SiLU·mul ─ down product, += x
 
-and after the layers come the last norm, the rows whose logits are wanted, and the head's product.
+and after the layers come the last norm, the rows whose logits are wanted, the head's product, and
+the likeliest token of each row.
 Each product has a phase before it, which quantises its input for a weight of integers, or is empty.
 If a family norms its updates, the products leave them where their input was, and the norm that
 comes next norms and adds them first. A mixture of experts has no phases, since the number of its
@@ -37,8 +38,13 @@ from typing import Protocol, cast
 import numpy as np
 
 from .attention import make_scratch
-from .calls import (
+from .kernel import Packed
+from .norms import FEW
+from .products import Call, Gated, Quantised, count_few, count_items, make_quantised, make_tiles
+from .region import Phase, compile_all, run_phases
+from .step import (
     ATTEND,
+    BEST,
     CHUNK,
     GATE_UP,
     HEAD,
@@ -54,19 +60,19 @@ from .calls import (
     ROTATE,
     ROWS,
     WORK,
+    Activations,
     Array,
+    BodyStep,
+    Ends,
+    Layers,
     Place,
     Scratch,
     lasting_calls,
+    narrow_calls,
     products_of,
     step_calls,
     tasks_of,
 )
-from .kernel import Packed
-from .norms import FEW
-from .products import Call, Gated, Quantised, count_few, count_items, make_quantised, make_tiles
-from .region import Phase, compile_all, run_phases
-from .step import Activations, BodyStep, Ends, Layers
 
 
 class Adapted(Protocol):
@@ -109,15 +115,16 @@ class Body:
         mix: Callable[[int], None] | None = None,
     ) -> None:
         """Run a step. Changes the activations and the cache `[places, 2, blocks, kv_heads,
-        block_size, head_dim]`. Hidden states are in `normed`, and those of the picks in `picked`,
-        which are all if those are enough. `mix` runs the mixture of experts of a layer, from
-        `normed` into `update`; it is needed if there are any."""
+        block_size, head_dim]`. The results are in `normed`, unless the picks are enough, `picked`,
+        `logits` and `best`. `mix` runs the mixture of experts of a layer, from `normed` into
+        `update`; it is needed if there are any."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
         is_adapted = adapted is not None and len(adapted.token_slots) > 0
         narrow = not is_adapted and self._can_narrow(step)
-        calls = step_calls(
-            self._ends, self._layers, cache, step, activations, scratch, narrow=narrow
-        )
+        calls = step_calls(self._ends, self._layers, cache, step, activations, scratch)
+        last = len(self._layers.scales) - 1
+        if narrow:
+            calls |= narrow_calls(calls, activations, step.picks, last)
         # 1. The works that last: packed again if the activations or the scratch have grown.
         if activations is not self._activations or scratch is not self._scratch:
             is_first = self._activations is None
@@ -133,7 +140,6 @@ class Body:
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
-        last = len(self._layers.scales) - 1
         attention = self._packed[ATTEND, last if narrow else None]
         self._table[self._phases((ATTEND, last)), WORK] = attention.address
         table = self._table
@@ -141,7 +147,10 @@ class Body:
             self._set_adapters(adapted)
             if is_adapted:
                 table = adapted.insert(table, activations, num_threads)
-        # 4. The phases, as far as the next mixture.
+        self._run_table(table, num_threads, mix)
+
+    def _run_table(self, table: Array, num_threads: int, mix: Callable[[int], None] | None) -> None:
+        """Run the phases of a table, from one mixture to the next."""
         begin = 0
         for layer in self._mixtures:
             assert mix is not None and table is self._table
@@ -162,7 +171,7 @@ class Body:
         for layer in range(len(self._layers.gate_up)):
             packed = self._packed[GATE_UP, layer]
             work = cast(Gated, packed.work)
-            if work.slots is adapted.token_slots:
+            if work.slots is adapted.token_slots and work.deltas is adapted.gate_up:
                 return  # as in all other layers
             is_alike = packed.update(
                 work._replace(slots=adapted.token_slots, deltas=adapted.gate_up)
@@ -212,6 +221,7 @@ class Body:
             (MLP_NORM, None): few,
             (MLP_NORM, last): few_late,
             (PICK, None): few_picks,
+            (BEST, None): picks if self._ends.head is not None else 0,
         }
         for (kind, layer), weight in products_of(self._ends, self._layers):
             is_late = layer == last and kind > ATTEND

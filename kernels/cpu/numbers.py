@@ -74,7 +74,9 @@ CACHE_LINE = 64
 
 
 @intrinsic
-def _float_from_bits(typing_context, bits):
+def float_from_bits(typing_context, bits):
+    """Return the float32 that has these bits, a uint32."""
+
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -199,7 +201,7 @@ def _to_float(number):
     if number == types.float32:
         return lambda number: number
     if number == types.uint16:
-        return lambda number: _float_from_bits(np.uint32(number) << np.uint32(16))
+        return lambda number: float_from_bits(np.uint32(number) << np.uint32(16))
     if number == types.int16:
         return lambda number: _float_from_half(number)
     if number == types.int8:
@@ -272,4 +274,4 @@ def exp(x):
     power = power * f + EXP_TERMS[4]
     power = power * f + EXP_TERMS[5]
     power = power * f + EXP_TERMS[6]
-    return power * _float_from_bits(np.uint32(n + np.int32(127)) << np.uint32(23))
+    return power * float_from_bits(np.uint32(n + np.int32(127)) << np.uint32(23))

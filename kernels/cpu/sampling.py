@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from .kernel import Kernel, Signature, kernel, signature_of
-from .numbers import FAST, INLINED, exp
+from .numbers import FAST, INLINED, exp, float_from_bits
 from .region import launch
 
 _CHUNK = 256
@@ -23,6 +23,8 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _MASK = np.uint64(2**63 - 1)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INFINITY = np.int32(0x7F800000)
 _UNIT = np.float32((1.0 - 2.0**-24) * 2.0**-63)
 
 _NO_POSITIONS = np.zeros(1, dtype=np.int64)
@@ -52,6 +54,22 @@ class Draw(NamedTuple):
     """`[G]` (out): indices into N, 0 if all tokens weigh nothing."""
     scratch: Any
     """`[threads, 2, _CHUNK]` float32."""
+
+
+class Best(NamedTuple):
+    """The best tokens of rows of logits."""
+
+    logits: Any
+    """`[., N]` float32."""
+    bits: Any
+    """The same memory as int32."""
+    values: Any
+    """The maxima (out), `[.]` float32; NaN if the row is not finite."""
+    token_ids: Any
+    """The first tokens that have them (out), `[.]`; 0 if the row is not finite."""
+    finite: Any
+    """Whether the row is finite (out), `[.]` bool: no NaN and no infinity is in it, but for -inf
+    beside a finite number."""
 
 
 Array = np.ndarray[Any, Any]
@@ -141,6 +159,44 @@ def run_race(item, layer, rows, thread, draws):
                 if quotient > best:
                     winner, best = np.int64(start + index), quotient
     draws.winners[item] = winner
+
+
+@kernel
+def find_best(item, layer, rows, thread, best):
+    """Find the best token of row `item`.
+
+    Floats whose bits are read as integers are in the same order, once the negative ones are turned
+    around; and LLVM makes vector instructions of the maximum of integers.
+    """
+    logits, bits = best.logits[item], best.bits[item]
+    # 1. The greatest number, and whether there is a NaN: its bits are above those of infinity.
+    greatest, odd = np.int32(-(2**31)), np.int32(0)
+    for index in range(len(bits)):
+        odd |= np.int32((bits[index] & _MAGNITUDE) > _INFINITY)
+        greatest = max(greatest, _turned(bits[index]))
+    # 2. The first token that has it: chunk by chunk, since a loop that may end anywhere does not
+    #    become vector instructions. Zeros of both signs are equal.
+    value = float_from_bits(np.uint32(_turned(greatest)))
+    is_finite = odd == 0 and abs(value) < np.float32(np.inf)
+    token_id = np.uint64(0)
+    for begin in range(0, len(logits), _CHUNK):
+        start, equal = np.uint64(begin), np.int32(0)
+        for index in range(min(np.uint64(_CHUNK), np.uint64(len(logits)) - start)):
+            equal += np.int32(logits[start + index] == value)
+        if equal > 0 and is_finite:
+            token_id = start
+            while logits[token_id] != value:
+                token_id += np.uint64(1)
+            break
+    best.values[item] = value if is_finite else np.float32(np.nan)
+    best.token_ids[item] = token_id
+    best.finite[item] = is_finite
+
+
+@njit(**INLINED)
+def _turned(bits):
+    """Turn the order of negative numbers around. Twice, it is what it was."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _MAGNITUDE))
 
 
 @njit(**INLINED)

@@ -17,6 +17,7 @@ from ....kernels.cpu import norms as cpu_kernels
 from ....kernels.cpu.arrays import as_array, thread_count
 from ....kernels.cpu.latent.attention import attend_latents
 from ....kernels.cpu.softmax import KEYS
+from ....kernels.cpu.step import one_a_tile
 from ....kernels.prefix_groups import find_prefix_groups
 from ...attention.metadata import AttentionMetadata
 from ..steps import DeviceStep, HostStep
@@ -149,7 +150,7 @@ class CpuPlanner:
         shared: bool = False,
         query_len: int = 1,
     ) -> CpuPlan:
-        return self.cut(query_start_loc, seq_lens, step.block_table[0, :num_decodes].numpy())
+        return self.cut(query_start_loc, seq_lens, step.block_table.numpy()[0, :num_decodes])
 
     def cut(
         self,
@@ -173,7 +174,7 @@ class CpuPlanner:
         if query_start_loc[-1] == len(seq_lens) and not shared:
             members = np.zeros((len(seq_lens), 2), dtype=np.int64)
             members[:, 0] = np.argsort(-seq_lens, kind="stable")
-            return CpuPlan(cpu_attention.one_a_tile(len(members)), members, 1, num_threads)
+            return CpuPlan(one_a_tile(len(members)), members, 1, num_threads)
         # 3. All other rows are cut into tiles of `size` queries.
         counts, size = np.diff(query_start_loc), self._tile_queries
         counts[[row for rows, _ in shared for row in rows]] = 0
@@ -184,7 +185,7 @@ class CpuPlanner:
         ) * size
         work = np.minimum(counts[sequences] - firsts, size) * seq_lens[sequences]
         members = np.stack((sequences, firsts), axis=1)
-        tiles = cpu_attention.one_a_tile(len(members))
+        tiles = one_a_tile(len(members))
         for rows, length in shared:
             tile = (len(members), len(members) + len(rows), length)
             tiles = np.append(tiles, [tile], axis=0)

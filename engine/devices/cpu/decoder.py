@@ -17,9 +17,10 @@ from ....kernels.cpu.arrays import FLOATS, as_array
 from ....kernels.cpu.body import Adapted
 from ....kernels.cpu.body import Body as CompiledBody
 from ....kernels.cpu.products import PackedWeight
+from ....kernels.cpu.sampling import Best
 from ....kernels.cpu.step import Activations, BodyStep, Ends, Layers
 from ...attention.metadata import AttentionMetadata
-from ...body.body import ForwardToLogits
+from ...body.body import BodyOutput, ForwardToLogits
 from ...body.flat_decoder import (
     FlatDecoder,
     FlatLayer,
@@ -27,7 +28,6 @@ from ...body.flat_decoder import (
     Mixture,
     Mlp,
     Norm,
-    Rotation,
     rotary_factors,
 )
 from ...body.grouped_linear import GroupedLinear, dtype_of
@@ -71,6 +71,9 @@ class CpuDecoder:
         self._places = np.zeros((len(flat.layers), 2), dtype=np.int64)
         self._places[:, 1] = np.arange(len(flat.layers))
         self._placed: object = None
+        self._cache = torch.empty(0)
+        self._stored = as_array(self._cache)
+        """The cache of the last step, and its memory."""
         scale = np.float32(flat.embedding_scale)
         if packed is None:
             self._dtype = flat.embedding.weight.dtype
@@ -109,10 +112,10 @@ class CpuDecoder:
         metadata: AttentionMetadata,
         *,
         picked_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Implement `ForwardToLogits`; without a head, logits are `[R, 0]`. What is returned is
-        valid until the next call."""
-        rotation, rows = self._rotations(positions)
+    ) -> BodyOutput:
+        """Implement `ForwardToLogits`; without a head, logits are `[R, 0]`. Hidden states and
+        logits are valid until the next call."""
+        cos, sin, rows = self._rotations(positions)
         plan = metadata.plan
         assert isinstance(plan, CpuPlan)
         num_tokens, num_logits = len(input_ids), len(logit_indices)
@@ -126,10 +129,10 @@ class CpuDecoder:
             picks=logit_indices.numpy(),
             slots=_stacked([one.slot_mapping for one in groups]),
             layer_places=self._places,
-            rotations=rows.numpy(),
-            kind_rows=len(rotation.cos) // self._rotations.num_kinds,
-            cos=rotation.cos.numpy(),
-            sin=rotation.sin.numpy(),
+            rotations=rows,
+            kind_rows=len(cos) // self._rotations.num_kinds,
+            cos=cos,
+            sin=sin,
             block_table=_stacked([one.block_table for one in groups]),
             starts=metadata.query_start_loc.numpy(),
             seq_lens=metadata.seq_lens.numpy(),
@@ -139,16 +142,31 @@ class CpuDecoder:
             picked_only=picked_only,
         )
         numba.set_num_threads(plan.num_threads)
-        cache = as_array(metadata.kv_cache)
+        if metadata.kv_cache is not self._cache:
+            self._cache, self._stored = metadata.kv_cache, as_array(metadata.kv_cache)
 
         def mix(layer: int) -> None:
             self._mix(layer, activations, num_tokens)
 
-        self._compiled.run(cache, step, activations, plan.num_threads, self.adapted, mix)
+        self._compiled.run(self._stored, step, activations, plan.num_threads, self.adapted, mix)
+        return self._output(activations, num_tokens, num_logits, picked_only)
+
+    def _output(
+        self, activations: Activations, num_tokens: int, num_logits: int, picked_only: bool
+    ) -> BodyOutput:
+        """Return the results of a step."""
         states = activations.picked[:num_logits] if picked_only else activations.normed[:num_tokens]
         hidden = torch.from_numpy(states)
         logits = torch.from_numpy(activations.logits[:num_logits])
-        return hidden.to(self._dtype), logits.to(self._dtype)
+        if self._ends.head is None or self._dtype != torch.float32:  # others may round to equals
+            return BodyOutput(hidden.to(self._dtype), logits.to(self._dtype))
+        # Copies: what was sampled may be read after the next call.
+        best = activations.best
+        values, token_ids, finite = (
+            torch.from_numpy(part[:num_logits].copy())
+            for part in (best.values, best.token_ids, best.finite)
+        )
+        return BodyOutput(hidden, logits, (values, token_ids, finite))
 
     def _mix(self, layer: int, activations: Activations, num_tokens: int) -> None:
         """Run a layer's mixture of experts, the model's own module, on the normed rows."""
@@ -166,6 +184,10 @@ class CpuDecoder:
     def _scratch(self, num_tokens: int, num_logits: int) -> Activations:
         """Return buffers of at least this size. They are kept from step to step, because the
         system would clear fresh memory in each one."""
+
+        def zeros(*shape: int) -> Floats:
+            return np.zeros(shape, np.float32)
+
         kept = self._activations
         rows, picks = num_tokens, num_logits
         if kept is None or len(kept.x) < rows or len(kept.picked) < picks:
@@ -174,19 +196,26 @@ class CpuDecoder:
                 rows, picks = max(2 * rows, len(kept.x)), max(picks + 16, len(kept.picked))
             hidden_size = self._layers.input_norm.shape[1]
             heads, kv_heads, head_dim = self._widths
-            shapes = (
-                (rows, hidden_size),
-                (rows, hidden_size),
-                (rows, heads + 2 * kv_heads, head_dim),
-                (rows, heads, head_dim),
-                (rows, heads, head_dim),
-                (rows, self._intermediate_size),
-                (picks, hidden_size),
-                (picks, self._vocab_size),
+            x, normed = zeros(rows, hidden_size), zeros(rows, hidden_size)
+            logits = zeros(picks, self._vocab_size)
+            self._activations = Activations(
+                x=x,
+                normed=normed,
+                qkv=zeros(rows, heads + 2 * kv_heads, head_dim),
+                query=zeros(rows, heads, head_dim),
+                attended=zeros(rows, heads, head_dim),
+                gated=zeros(rows, self._intermediate_size),
+                picked=zeros(picks, hidden_size),
+                logits=logits,
+                update=normed if self._layers.norms_updates else x,
+                best=Best(
+                    logits=logits,
+                    bits=logits.view(np.int32),
+                    values=zeros(picks),
+                    token_ids=np.zeros(picks, np.int64),
+                    finite=np.zeros(picks, np.bool_),
+                ),
             )
-            arrays = [np.zeros(shape, np.float32) for shape in shapes]
-            arrays.append(arrays[1] if self._layers.norms_updates else arrays[0])
-            self._activations = Activations(*arrays)
         assert self._activations is not None
         return self._activations
 
@@ -210,25 +239,28 @@ class _Rotations:
         types = getattr(flat.rotary, "rope_type", None)
         types = types.values() if isinstance(types, dict) else [types]
         self._is_static = all(one in _STATIC_ROPE_TYPES for one in types)
-        self._table = Rotation(torch.empty(0), torch.empty(0))
+        self._table: tuple[Floats, Floats] = (np.empty((0, 0), np.float32),) * 2
 
-    def __call__(self, positions: torch.Tensor) -> tuple[Rotation, torch.Tensor]:
-        """Return factors `[…, head_dim]`, and the row in them of each of the positions `[T]`."""
+    def __call__(self, positions: torch.Tensor) -> tuple[Floats, Floats, NDArray[np.int64]]:
+        """Return cos and sin `[…, head_dim]`, and the row in them of each of the positions
+        `[T]`."""
         if not self._is_static:
-            return self._compute(positions), torch.arange(len(positions))
-        longest = int(positions.max()) + 1
-        known = len(self._table.cos) // self.num_kinds
+            return *self._compute(positions), np.arange(len(positions))
+        rows = positions.numpy()
+        longest = int(rows.max()) + 1
+        known = len(self._table[0]) // self.num_kinds
         if longest > known:
             self._table = self._compute(torch.arange(max(longest, 1024, 2 * known)))
-        return self._table, positions
+        return *self._table, rows
 
-    def _compute(self, positions: torch.Tensor) -> Rotation:
+    def _compute(self, positions: torch.Tensor) -> tuple[Floats, Floats]:
         halves = self._has_half_factors
         of_kinds = [
             rotary_factors(self._rotary, torch.empty(1), positions, kind, has_half_factors=halves)
             for kind in self._kinds
         ]
-        return Rotation(*(torch.cat(parts) for parts in zip(*of_kinds, strict=True)))
+        cos, sin = (torch.cat(parts).numpy() for parts in zip(*of_kinds, strict=True))
+        return cos, sin
 
 
 def can_compile(flat: FlatDecoder) -> bool:

@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ..calls import (
+from ..kernel import Packed, kernel, signature_of
+from ..numbers import FAST
+from ..panels import PANEL_COLUMNS, multiply_add
+from ..products import DEPTH
+from ..region import launch
+from ..step import (
     DOWN,
     GATE_UP,
     ITEMS,
@@ -28,13 +33,8 @@ from ..calls import (
     QKV,
     ROWS,
     WORK,
+    Activations,
 )
-from ..kernel import Packed, kernel, signature_of
-from ..numbers import FAST
-from ..panels import PANEL_COLUMNS, multiply_add
-from ..products import DEPTH
-from ..region import launch
-from ..step import Activations
 from .slots import Array, Slots
 
 RUN_ROWS = 24

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from quire.engine.body.body import BodyOutput
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import InvalidRequestError, NonFiniteLogitsError
 from quire.engine.outputs import SequenceOutput
@@ -204,10 +205,10 @@ def test_non_finite_states_fail_only_their_request(
     model = engine.worker._runner._model
     forward = model.forward_to_logits
 
-    def with_nan(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, logits = forward(*args, **options)
-        hidden[20, 3] = torch.nan  # of the first prompt, the 21st token
-        return hidden, logits
+    def with_nan(*args: Any, **options: Any) -> BodyOutput:
+        output = forward(*args, **options)
+        output.hidden[20, 3] = torch.nan  # of the first prompt, the 21st token
+        return output
 
     monkeypatch.setattr(model, "forward_to_logits", with_nan)
     prompts = make_prompts()

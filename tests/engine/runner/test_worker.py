@@ -112,7 +112,7 @@ def test_out_of_memory_is_reported_and_the_step_can_be_retried(
     runner = driver.worker._runner
     run_model = runner._run_model
 
-    def fail(*_: Any) -> torch.Tensor:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     output = driver.schedule([sequence])

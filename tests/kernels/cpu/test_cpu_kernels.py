@@ -327,10 +327,10 @@ def test_a_compiled_body_equals_plain_torch(
     assert can_compile(flat)
     decoder = CpuDecoder(flat)
     picks, head = torch.tensor([3, 0]), nn.Linear(HIDDEN, 45, dtype=dtype)
-    _, no_logits = decoder.forward_to_logits(ids, positions, picks[:0], metadata)
+    _, no_logits, _ = decoder.forward_to_logits(ids, positions, picks[:0], metadata)
     run = decoder.fuse_head(PackedLinear(copy.deepcopy(head)))
     assert run is not None
-    actual, logits = run(ids, positions, picks, metadata)
+    actual, logits, _ = run(ids, positions, picks, metadata)
     assert actual.dtype == logits.dtype == dtype and layer.qkv.weight.numel() == 0
     assert no_logits.numel() == 0
     written = [row for row, slot in enumerate(slots) if slot >= 0]

@@ -93,7 +93,7 @@ def test_picks_alone_have_the_same_bits(
         results = []
         for picked_only in (False, True, False):
             ids, positions, metadata = make_step(cache)
-            hidden, logits = run(ids, positions, indices, metadata, picked_only=picked_only)
+            hidden, logits, _ = run(ids, positions, indices, metadata, picked_only=picked_only)
             hidden = hidden if picked_only else hidden[indices]
             results.append((hidden.clone(), logits.clone(), metadata.kv_cache))
         whole, narrow, again = results
@@ -118,6 +118,6 @@ def test_picks_that_do_not_ascend_are_computed_among_all() -> None:
     cache = torch.randn(1, 2, len(LENGTHS) * 3, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     ids, positions, metadata = make_step(cache)
     indices = torch.tensor([41, 1, 41])
-    expected = [part.clone() for part in run(ids, positions, indices, metadata)]
-    hidden, logits = run(ids, positions, indices, metadata, picked_only=True)
+    expected = [part.clone() for part in run(ids, positions, indices, metadata)[:2]]
+    hidden, logits, _ = run(ids, positions, indices, metadata, picked_only=True)
     assert torch.equal(hidden, expected[0][indices]) and torch.equal(logits, expected[1])
