@@ -371,19 +371,22 @@ def _scale_scores_of(rows, num_rows, cache, kv_head, blocks, origin, count, half
 
 
 def _scale_by_steps(rows, num_rows, cache, kv_head, blocks, origin, count, half):
-    scores, places = rows.scores, rows.places
+    scores, steps = rows.scores, rows.places.view(np.float32)  # its memory, in use elsewhere
     kv_heads, block_size, width = cache.shape[2:]
-    for key in range(count):
+    key = np.int64(0)
+    while key < count:
         block, offset = divmod(origin + key, block_size)
         line = (blocks[block] * kv_heads + kv_head) * block_size * width
-        if half == 0:
-            places[key] = line + (width - 4) * block_size + 4 * offset
-        else:
-            places[key] = cache[0].size + line + offset * width + width - 4
-    for key in range(count):
-        step = load_scale(cache, places[key])
-        for row in range(num_rows):
-            scores[row, key] *= step
+        place, apart = line + (width - 4) * block_size + 4 * offset, np.int64(4)
+        if half == 1:
+            place, apart = cache[0].size + line + offset * width + width - 4, np.int64(width)
+        for _ in range(min(block_size - offset, count - key)):
+            steps[key] = load_scale(cache, place)
+            place += apart
+            key += 1
+    for row in range(num_rows):
+        for key in range(count):
+            scores[row, key] *= steps[key]
 
 
 @njit(**INLINED)
