@@ -2,13 +2,15 @@
 
     python benchmarks/against_llama.py --llama FOLDER SmolLM2-135M-Instruct.Q4_1.gguf
         [--types Q4_0] [--threads 2] [--turns 3] [--concurrency 1 4 16] [--skip-perplexity]
+        [--drafts]
 
 FOLDER has llama.cpp's programs. For each type of --types its own llama-quantize first makes a file
 of the given one, which is taken as it is too. Then for each file both servers are started, and
 asked in turns by `quire bench serve`: random prompts of 128 tokens and 64 new ones, greedily, at
-several requests at once, without drafts; and the time to the first token of prompts of 512. At last
-both compute the perplexity of this repository's documents, of the second half of each window of 512
-tokens, as llama-perplexity counts. What is reported is the median of all turns.
+several requests at once; and the time to the first token of prompts of 512. quire drafts nothing,
+unless `--drafts` leaves it its default. At last both compute the perplexity of this repository's
+documents, of the second half of each window of 512 tokens, as llama-perplexity counts. What is
+reported is the median of all turns.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--skip-perplexity", action="store_true")
+    parser.add_argument("--drafts", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = [arguments.file]
@@ -82,7 +85,8 @@ def compare_speed(arguments: argparse.Namespace, file: Path, folder: Path) -> No
         *("-m", file, "--port", LLAMA_PORT, "-t", threads, "-c", 16384, "-np", 16, "--no-webui"),
     )
     served = [*QUIRE, "serve", str(file), "--port", str(QUIRE_PORT), "--num-threads", str(threads)]
-    served += ["--max-model-len", "1024", "--kv-cache-memory", "1GiB", "--speculation", "off"]
+    served += ["--max-model-len", "1024", "--kv-cache-memory", "1GiB"]
+    served += [] if arguments.drafts else ["--speculation", "off"]
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     with open(folder / "servers.log", "ab") as log:
         servers = [
