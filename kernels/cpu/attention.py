@@ -373,17 +373,17 @@ def _scale_scores_of(rows, num_rows, cache, kv_head, blocks, origin, count, half
 def _scale_by_steps(rows, num_rows, cache, kv_head, blocks, origin, count, half):
     scores, steps = rows.scores, rows.places.view(np.float32)  # its memory, in use elsewhere
     kv_heads, block_size, width = cache.shape[2:]
-    key = np.int64(0)
-    while key < count:
-        block, offset = divmod(origin + key, block_size)
+    done = np.int64(0)
+    while done < count:
+        block, offset = divmod(origin + done, block_size)
         line = (blocks[block] * kv_heads + kv_head) * block_size * width
         place, apart = line + (width - 4) * block_size + 4 * offset, np.int64(4)
         if half == 1:
             place, apart = cache[0].size + line + offset * width + width - 4, np.int64(width)
-        for _ in range(min(block_size - offset, count - key)):
-            steps[key] = load_scale(cache, place)
+        for _ in range(min(block_size - offset, count - done)):
+            steps[done] = load_scale(cache, place)
             place += apart
-            key += 1
+            done += 1
     for row in range(num_rows):
         for key in range(count):
             scores[row, key] *= steps[key]

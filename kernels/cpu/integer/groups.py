@@ -104,7 +104,10 @@ def _add_groups(
         form = _Form(*(each.dtype for each in signature.args[:4]))
         begin, unit, _, first, stride, group, groups, _, row, rows = arguments[4:]
         given = (begin, unit, first, stride, group, groups, row)
-        for_row_counts(builder, rows, lambda count: _add_rows(builder, form, count, arrays, given))
+        counts = range(1, PANEL_ROWS + 1)
+        for_row_counts(
+            builder, rows, counts, lambda count: _add_rows(builder, form, count, arrays, given)
+        )
         return context.get_dummy_value()
 
     integer = types.int64
