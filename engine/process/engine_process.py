@@ -139,8 +139,6 @@ class EngineServer:
         self._live = LiveViews(self._send)
         self._blocks = BlockFeed(self._send_known_blocks, publisher)
         self._stdin = sys.stdin.fileno()
-        self._has_messages = False
-        """Whether the last poll has found any."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._stdin, zmq.POLLIN)
@@ -153,7 +151,7 @@ class EngineServer:
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
         changes = self._adapters
         while self._poll(0 if core.has_work else POLL_MS if changes.is_reading else heartbeat_ms):
-            for client, message in self._receive_all() if self._has_messages else ():
+            for client, message in self._receive_all():
                 if client not in self._gone:  # it may have died with a message before this one
                     self._handle(core, client, message)
             while self._unreachable:
@@ -176,7 +174,6 @@ class EngineServer:
     def _poll(self, timeout_ms: int | None) -> bool:
         """Wait at most `timeout_ms` for a message; return False once stdin is closed."""
         ready = dict(self._poller.poll(timeout_ms))
-        self._has_messages = self._socket in ready
         # After the Launch line nothing is ever written to stdin, so readable means closed.
         return self._stdin not in ready
 
