@@ -14,6 +14,7 @@ from quire.engine.devices.cuda.backend import CudaBackend
 from quire.engine.devices.cuda.layers.kernels import TRITON, Kernels
 from quire.engine.devices.cuda.step_graphs import Capture, Run, StepGraphs
 from quire.engine.devices.steps import GraphKey, ModelOutput
+from quire.engine.runner.speculative_runner import DraftRunner
 from quire.engine.sampling.draws import BestTokens
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference, reference_states
@@ -93,9 +94,10 @@ class CudaOnCpuBackend(CudaBackend):
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Let each replay return copies of the likeliest tokens. A GPU sends them to the host
-        before its next replay overwrites them; tensors on the host are not copied."""
+        before its next replay overwrites them; tensors on the host are not copied. A draft model's
+        are not sent one by one."""
         graphs = super().prepare(runner, config)
-        if isinstance(graphs, StepGraphs):
+        if isinstance(graphs, StepGraphs) and not isinstance(runner, DraftRunner):
             replay = graphs.replay
 
             def replay_and_copy(key: GraphKey) -> ModelOutput:
