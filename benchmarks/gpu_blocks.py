@@ -15,6 +15,8 @@ from quire.engine.step import BlockLoad, BlockSave
 NUM_LAYERS, NUM_BLOCKS, NUM_SLOTS, STEPS = 32, 200, 300, 60
 MOST = 60
 """Maximum blocks of a step, each way."""
+SMALL = {"NUM_LAYERS": 2, "NUM_BLOCKS": 12, "NUM_SLOTS": 20, "STEPS": 10, "MOST": 6}
+"""What these are where no GPU is."""
 
 
 def check_host_blocks(dtype: torch.dtype, heads: int, head_dim: int) -> Record:

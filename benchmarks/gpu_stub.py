@@ -117,8 +117,7 @@ def stub_gpu(capability: int, *, compiles: bool) -> Iterator[None]:
         for (owner, name), value in patches.items():
             stack.enter_context(mock.patch.object(owner, name, value))
         # Copies to host memory are of numbers: few of them, on the CPU.
-        sizes = {"NUM_LAYERS": 2, "NUM_BLOCKS": 12, "NUM_SLOTS": 20, "STEPS": 10, "MOST": 6}
-        stack.enter_context(mock.patch.multiple(gpu_blocks, DEVICE="cpu", **sizes))
+        stack.enter_context(mock.patch.multiple(gpu_blocks, DEVICE="cpu", **gpu_blocks.SMALL))
         settings = torch.fx.experimental._config
         stack.enter_context(settings.patch(meta_nonzero_assume_all_nonzero=True))
         stack.enter_context(NoResults())

@@ -212,8 +212,12 @@ class InputBatch:
         token_ids = np.array(output.token_ids, dtype=np.int64)
         if UNKNOWN_TOKEN in output.token_ids:
             self._point_at_samples(token_ids, batch.sequences)
+        return self._one_token_each(batch, starts), token_ids
+
+    def _one_token_each(self, batch: _Batch, starts: NDArray[np.int64]) -> HostStep:
+        """Return the layout of one token for each sequence, at these positions. All sample."""
         stops = starts + 1
-        host = HostStep(
+        return HostStep(
             order=batch.order,
             sequences=batch.sequences,
             starts=starts,
@@ -231,7 +235,6 @@ class InputBatch:
             tables=self._table[:, :, : -(-int(stops.max()) // self._block_size)],
             token_slots=batch.adapter_slots,
         )
-        return host, token_ids
 
     def prepare_tokens(
         self,
@@ -243,25 +246,11 @@ class InputBatch:
         """Lay out a step of one token for each of these rows of the plan that `apply` was just
         called for, at the position `starts[i]`. All sample. An id −1 − i stands for `sampled[i]`.
         """
-        num_seqs = len(rows)
-        stops = starts + 1
-        host = HostStep(
-            order=rows,
-            sequences=[self._batch.sequences[row] for row in rows],
-            starts=starts,
-            lengths=np.ones(num_seqs, dtype=np.int64),
-            num_decodes=num_seqs,
-            max_query_len=1,
-            sampling_rows=np.arange(num_seqs),
-            sampled_positions=stops.tolist(),
-            num_drafts=[],
-            pooled_rows=[],
-            any_scored=False,
-            query_start_loc=np.arange(num_seqs + 1, dtype=np.int32),
-            seq_lens=stops.astype(np.int32),
-            rows=self._batch.rows[rows],
-            tables=self._table[:, :, : -(-int(stops.max()) // self._block_size)],
-        )
+        sequences = [self._batch.sequences[row] for row in rows]
+        batch = _Batch.of([], sequences, self._batch.rows[rows].tolist())
+        # A draft model has no adapters, and nobody scores its prompts.
+        batch = batch._replace(order=rows, any_scored=False, adapter_slots=None)
+        host = self._one_token_each(batch, starts)
         return host, self.inputs.write(host, token_ids, sampled)
 
     def _point_at_samples(

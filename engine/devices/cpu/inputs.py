@@ -61,11 +61,8 @@ class HostInputs:
             ids[unknown] = sampled.numpy()[-1 - token_ids[unknown]]
         loc[: num_seqs + 1] = host.query_start_loc
         seq_lens[:num_seqs] = host.seq_lens
-        positions, rows, logit_indices = (
-            positions[:num_tokens],
-            host.rows,
-            logit_indices[:num_logits],
-        )
+        positions, logit_indices = positions[:num_tokens], logit_indices[:num_logits]
+        rows = host.rows
         if host.max_query_len == 1:
             positions[:] = host.starts
             logit_indices[:] = host.sampling_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +51,8 @@ def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
         mlp_norm=norm(HIDDEN),
         mlp=Mlp(linear(HIDDEN, 2 * 70), F.silu, True, linear(70, HIDDEN)),
     )
+
+
+def normed_updates(_: object) -> dict[str, Any]:
+    """Return the norms of a layer that norms its updates."""
+    return {"output_norm": make_norm(HIDDEN), "down_norm": make_norm(HIDDEN)}

@@ -28,7 +28,7 @@ from quire.kernels.cpu.region import launch
 from quire.kernels.cpu.sampling import draw, race
 from quire.kernels.cpu.softmax import KEYS, weigh
 
-from .flat_layers import HEADS, HIDDEN, KV_HEADS, Rotary, make_layer, make_norm
+from .flat_layers import HEADS, HIDDEN, KV_HEADS, Rotary, make_layer, normed_updates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -268,10 +268,6 @@ def exact(value: Any) -> Any:
     if isinstance(value, Mlp):
         return Mlp(*map(exact, value))
     return copy.deepcopy(value).float() if isinstance(value, nn.Linear) else value
-
-
-def normed_updates(layer: FlatLayer) -> dict[str, Any]:
-    return {"output_norm": make_norm(HIDDEN), "down_norm": make_norm(HIDDEN)}
 
 
 OPTIONS: dict[str, Callable[[FlatLayer], dict[str, Any]]] = {

@@ -17,7 +17,7 @@ from quire.engine.devices.cpu.decoder import CpuDecoder
 from quire.engine.devices.cpu.packed_linear import PackedLinear
 from quire.kernels.cpu import body
 
-from .flat_layers import HEADS, HIDDEN, KV_HEADS, Rotary, make_layer, make_norm
+from .flat_layers import HEADS, HIDDEN, KV_HEADS, Rotary, make_layer, make_norm, normed_updates
 
 VOCAB, HEAD_DIM, BLOCK_SIZE = 45, 20, 16
 LENGTHS, SEQ_LENS = [1, 1, 40, 7, 3], [30, 1, 40, 20, 33]
@@ -51,10 +51,6 @@ def make_step(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Attentio
     )
     ids = torch.from_numpy(np.arange(loc[-1]) * 5 % 9)
     return ids, torch.from_numpy(positions), metadata
-
-
-def normed_updates(_: int) -> dict[str, Any]:
-    return {"output_norm": make_norm(HIDDEN), "down_norm": make_norm(HIDDEN)}
 
 
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -69,8 +69,7 @@ def test_sampling() -> None:
 
 
 def test_blocks_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"NUM_LAYERS": 2, "NUM_BLOCKS": 12, "NUM_SLOTS": 20, "STEPS": 10, "MOST": 6}
-    for name, value in sizes.items():
+    for name, value in gpu_blocks.SMALL.items():
         monkeypatch.setattr(gpu_blocks, name, value)
     assert gpu_blocks.check_host_blocks(F16, 2, 32)["ok"]
 
