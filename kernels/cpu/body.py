@@ -96,6 +96,7 @@ class Body:
         self._activations: Activations | None = None
         self._scratch: Scratch | None = None
         num_layers = len(layers.scales)
+        self._last = num_layers - 1
         self._mixtures = [layer for layer, weight in enumerate(layers.down) if weight is None]
         self._num_phases = num_layers * LAYER_PHASES + 1 + LAST_PHASES
         self._table = np.zeros((self._num_phases, len(Phase._fields)), dtype=np.int64)
@@ -122,9 +123,8 @@ class Body:
         is_adapted = adapted is not None and len(adapted.token_slots) > 0
         narrow = not is_adapted and self._can_narrow(step)
         calls = step_calls(self._ends, self._layers, cache, step, activations, scratch)
-        last = len(self._layers.scales) - 1
         if narrow:
-            calls |= narrow_calls(calls, activations, step.picks, last)
+            calls |= narrow_calls(calls, activations, step.picks, self._last)
         # 1. The works that last: packed again if the activations or the scratch have grown.
         if activations is not self._activations or scratch is not self._scratch:
             is_first = self._activations is None
@@ -140,8 +140,8 @@ class Body:
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
-        attention = self._packed[ATTEND, last if narrow else None]
-        self._table[self._phases((ATTEND, last)), WORK] = attention.address
+        attention = self._packed[ATTEND, self._last if narrow else None]
+        self._table[self._phases((ATTEND, self._last)), WORK] = attention.address
         table = self._table
         if adapted is not None:
             self._set_adapters(adapted)
@@ -207,24 +207,23 @@ class Body:
     def _set_counts(self, tokens: int, picks: int, tiles: int, narrow: bool, kv_heads: int) -> None:
         """Set the number of items of each phase, and of rows: all tokens, and after the layers
         only the picks; if the last layer is narrow, from its attention on."""
-        last = len(self._layers.scales) - 1
         late = picks if narrow else tokens
         few, few_late, few_picks = (-(-rows // FEW) for rows in (tokens, late, picks))
         items: dict[Place, int] = {
             (INPUT_NORM, None): few,
             (INPUT_NORM, 0): few,
-            (INPUT_NORM, last + 1): few_late,
+            (INPUT_NORM, self._last + 1): few_late,
             (ROTATE, None): few,
             (ATTEND, None): tiles * kv_heads,
-            (ATTEND, last): (picks if narrow else tiles) * kv_heads,
-            (MOVE, last): 2 if narrow else 0,
+            (ATTEND, self._last): (picks if narrow else tiles) * kv_heads,
+            (MOVE, self._last): 2 if narrow else 0,
             (MLP_NORM, None): few,
-            (MLP_NORM, last): few_late,
+            (MLP_NORM, self._last): few_late,
             (PICK, None): few_picks,
             (BEST, None): picks if self._ends.head is not None else 0,
         }
         for (kind, layer), weight in products_of(self._ends, self._layers):
-            is_late = layer == last and kind > ATTEND
+            is_late = layer == self._last and kind > ATTEND
             rows = picks if kind == HEAD else late if is_late else tokens
             panels = weight.num_panels // 2 if kind == GATE_UP else weight.num_panels
             items[kind, layer] = count_items(panels, rows)
@@ -233,7 +232,7 @@ class Body:
         for place, number in items.items():
             self._table[self._phases(place), ITEMS] = number
         self._table[:, ROWS] = tokens
-        self._table[self._phases((MOVE, last)).start :, ROWS] = late
+        self._table[self._phases((MOVE, self._last)).start :, ROWS] = late
         self._table[-LAST_PHASES:, ROWS] = picks
 
     def _scratch_for(

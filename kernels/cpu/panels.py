@@ -57,14 +57,14 @@ def multiply_add(left, left_row, left_column, right, places, stride, depth, out,
     arrays are contiguous; left and out `[., .]` are float32, right has any shape and a type that
     `to_float` reads, or int8.
     """
-    begin, left_over = np.int64(0), np.int64(rows)
-    while left_over > 0:
-        few = min(left_over, np.int64(PANEL_ROWS))
-        if left_over >= TALL_ROWS:
+    begin, end = np.int64(0), np.int64(rows)
+    while begin < end:
+        few = min(end - begin, np.int64(PANEL_ROWS))
+        if end - begin >= TALL_ROWS:
             few = np.int64(TALL_ROWS)
         at, to = np.int64(left_row) + begin, np.int64(row) + begin
         _multiply_add(left, at, left_column, right, places, stride, depth, out, to, column, few)
-        begin, left_over = begin + few, left_over - few
+        begin += few
 
 
 def for_row_counts(builder, rows, counts, generate):
